@@ -1,0 +1,1 @@
+"""The stateless HTTP edge: validates, limits, enqueues and relays token streams."""

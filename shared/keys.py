@@ -1,0 +1,118 @@
+"""All names in Redis: type, what, who writes and reads, how long it lives.
+
+Scripts compute the same names themselves (shared/scripts/common.lua); tests/contract checks that
+the two agree. `mv` is `model@version`; a queue is `mv:class`.
+"""
+
+from __future__ import annotations
+
+PREFIX = "rts:"
+CLASSES = ("high", "normal", "low")
+GROUP = "workers"
+NOBODY = "-"
+CONTROL_GROUP = "control"
+
+MODELS = PREFIX + "models"
+"""Set of model names. Written by heartbeat, read by gateways. Stays."""
+
+DUE = PREFIX + "due"
+"""Sorted set rid -> deadline (ms) of open requests. Written by enqueue and finish, read by expire."""
+
+ENDED = PREFIX + "ended"
+"""Stream of one fact for each ended request. Written by finish, read by control. Capped."""
+
+DEAD = PREFIX + "dead"
+"""Stream of dead letters. Written by take, read by operators. Trimmed by control after 7 days."""
+
+IDENTITY = PREFIX + "id"
+"""String, random: which data set this is. Written by the first to connect; gone when data is lost."""
+
+
+def model_version(model: str, version: str) -> str:
+    """`model@version`, what queues and engines belong to."""
+    return f"{model}@{version}"
+
+
+def queue(mv: str, cls: str) -> str:
+    """Stream of waiting and running requests, group `workers`. enqueue, take, finish. Stays, empty."""
+    return f"{PREFIX}q:{mv}:{cls}"
+
+
+def lane(mv: str, cls: str, caller: str) -> str:
+    """List of a caller's further waiting requests. enqueue, promote. Gone when empty."""
+    return f"{PREFIX}lane:{mv}:{cls}:{caller}"
+
+
+def turn(mv: str, cls: str) -> str:
+    """Hash caller -> rid of its one entry waiting in the stream. enqueue, promote. Gone when empty."""
+    return f"{PREFIX}turn:{mv}:{cls}"
+
+
+def count(mv: str, cls: str) -> str:
+    """Hash waiting, running, bytes, ticket (last given), head (left the queue). All scripts. Stays."""
+    return f"{PREFIX}count:{mv}:{cls}"
+
+
+def request(rid: str) -> str:
+    """Hash of one request. enqueue, take, emit, finish; read by gateways. Deadline + 300 s, then keep."""
+    return f"{PREFIX}r:{rid}"
+
+
+def log(rid: str) -> str:
+    """Stream of a request's tokens, and the channel of the same name. emit, finish; gateways. keep."""
+    return f"{PREFIX}l:{rid}"
+
+
+def leases(mv: str) -> str:
+    """Sorted set engine -> last progress (ms), of engines that own requests. take, emit, finish."""
+    return f"{PREFIX}leases:{mv}"
+
+
+def owns(mv: str) -> str:
+    """Hash engine -> how many requests it owns. take, finish, release. Gone when empty."""
+    return f"{PREFIX}owns:{mv}"
+
+
+def engines(mv: str) -> str:
+    """Sorted set engine -> last heartbeat (ms). heartbeat, depart. Entries drop out after 5 s."""
+    return f"{PREFIX}engines:{mv}"
+
+
+def cards(mv: str) -> str:
+    """Hash engine -> messages.EngineCard. heartbeat, depart; read by gateways."""
+    return f"{PREFIX}cards:{mv}"
+
+
+def control_channel(engine: str) -> str:
+    """Channel an engine is subscribed to as a sign of life; counted by take."""
+    return f"{PREFIX}w:{engine}"
+
+
+def is_open(mv: str) -> str:
+    """String: the version takes requests. heartbeat; read by enqueue. Stays."""
+    return f"{PREFIX}open:{mv}"
+
+
+def wake(mv: str) -> str:
+    """List of tokens that wake idle workers (BLPOP). enqueue, release. At most 256."""
+    return f"{PREFIX}wake:{mv}"
+
+
+def model(name: str) -> str:
+    """Hash live -> the version that new requests go to. heartbeat; read by gateways. Stays."""
+    return f"{PREFIX}m:{name}"
+
+
+def files(mv: str) -> str:
+    """String, messages.ModelCard: tokenizer, chat template, context. Worker; read by gateways. Stays."""
+    return f"{PREFIX}f:{mv}"
+
+
+def bucket(caller: str) -> str:
+    """Hash of a caller's rate limits. limit, settle. Until the bucket is full."""
+    return f"{PREFIX}b:{caller}"
+
+
+def settled(rid: str) -> str:
+    """String: the request's budget was settled. settle. One hour."""
+    return f"{PREFIX}settled:{rid}"

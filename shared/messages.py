@@ -1,0 +1,200 @@
+"""Everything that goes through Redis, msgpack-encoded. Each message starts with its version.
+
+A reader ignores fields that a newer writer appended and fills those that an older one lacks with
+their defaults; what cannot be read raises the one typed DecodeError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TypeVar
+
+import msgspec
+
+from shared.errors import DecodeError
+
+VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all messages: an array whose first item is the version."""
+
+    v: int
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How tokens are chosen; the fields of worker.engine.interface.SamplingParams, and stop strings."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: list[str] = []
+    stop_ids: list[int] = []
+    ignore_eos: bool = False
+
+
+class Request(Message, frozen=True):
+    """The body of a request: what a worker needs to run it, and a gateway to relay it.
+
+    Attributes:
+        rid: request id. model, version: what it runs on. caller: whose it is.
+        prompt: token ids.
+        api: the format the client asked for: infer, infer_stream, chat, completions.
+        stream: the client asked for server-sent events.
+        label: the client's X-Request-Id.
+        traceparent: W3C trace context or "".
+        created: Unix time in seconds when it was accepted.
+        include_usage: OpenAI's stream_options.include_usage.
+    """
+
+    rid: str
+    model: str
+    version: str
+    caller: str
+    prompt: list[int]
+    sampling: Sampling
+    api: str = "infer"
+    stream: bool = False
+    label: str = ""
+    traceparent: str = ""
+    created: int = 0
+    include_usage: bool = False
+
+    def digest(self) -> str:
+        """Equal for equal work: what may attach to this request under the same Idempotency-Key."""
+        same = (self.model, self.caller, self.prompt, self.sampling, self.api, self.stream)
+        return hashlib.blake2b(msgspec.msgpack.encode(same), digest_size=16).hexdigest()
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token. `text` may be empty: bytes of an unfinished character, or held for a stop."""
+
+    choice: int
+    id: int
+    text: str
+
+
+class Tokens(Message, frozen=True):
+    """Consecutive tokens; the first has number `first`, numbers start at 1."""
+
+    first: int
+    tokens: list[Token]
+
+
+class End(Message, frozen=True):
+    """How a request ended. Scripts write it too (common.lua, end_blob), with the reason alone.
+
+    Attributes:
+        reason: stop, length; cancelled, abandoned, timeout, queue_timeout, engine_failed, error.
+        code, message: more about an error, for the client.
+        timings: milliseconds: queue (waited), prefill (taken to first token), decode (to the last).
+    """
+
+    reason: str
+    code: str = ""
+    message: str = ""
+    timings: dict[str, float] = {}
+
+
+class EngineCard(Message, frozen=True):
+    """What a live engine says of itself each second."""
+
+    engine: str
+    kind: str
+    device: str
+    dtype: str
+    host: str
+    pid: int
+    max_batch_size: int
+    running: int
+    waiting: int
+    kv_usage: float
+    draining: bool
+    started: float
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    program: str = ""
+
+
+class ModelCard(Message, frozen=True):
+    """What a gateway needs to turn text into ids for a model version, published by its workers.
+
+    Attributes:
+        tokenizer: tokenizer.json as text. chat_template: Jinja source, or "" when there is none.
+        context_length: most tokens of prompt and output together.
+        bos_token, eos_token: as strings, for the template.
+    """
+
+    model: str
+    version: str
+    tokenizer: str
+    chat_template: str
+    context_length: int
+    vocab_size: int
+    bos_token: str = ""
+    eos_token: str = ""
+    eos_ids: list[int] = []
+    created: int = 0
+
+
+M = TypeVar("M", bound=Message)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """Reads a message.
+
+    Raises:
+        DecodeError: not msgpack, fields of wrong types, or a version this program does not know.
+    """
+    try:
+        message = msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise DecodeError(kind.__name__, str(error)) from error
+    if message.v != VERSION:
+        raise DecodeError(kind.__name__, f"version {message.v}, this program knows {VERSION}")
+    return message
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One entry of a request's log, or one message on its channel: tokens or the end.
+
+    Attributes:
+        seq: number of the last token up to and including this entry.
+    """
+
+    seq: int
+    event: Tokens | End
+
+
+def read_entry(entry_id: bytes, data: bytes) -> Entry:
+    """Reads a log entry: id `<seq>-0` carries tokens, `<seq>-1` is the end.
+
+    Raises:
+        DecodeError: the id or the data is not of this form.
+    """
+    seq, _, kind = entry_id.partition(b"-")
+    try:
+        number = int(seq)
+    except ValueError as error:
+        raise DecodeError("Entry", f"id {entry_id!r}") from error
+    return Entry(number, decode(data, End if kind == b"1" else Tokens))
+
+
+def read_frame(frame: bytes) -> Entry:
+    """Reads a message of a request's channel: the entry's id, a space, its data.
+
+    Raises:
+        DecodeError: the frame is not of this form.
+    """
+    entry_id, _, data = frame.partition(b" ")
+    return read_entry(entry_id, data)

@@ -1,0 +1,112 @@
+-- Prepended to every script. Helpers that touch keys:
+--   rts:r:<rid> rts:l:<rid> rts:q:<queue> rts:lane:<queue>:<caller> rts:turn:<queue> rts:count:<queue>
+--   rts:due rts:owns:<mv> rts:leases:<mv> rts:ended
+-- <mv> is model@version, <queue> is <mv>:<class>. All times are milliseconds of Redis' own clock.
+
+local CLASSES = {'high', 'normal', 'low'}
+local GROUP = 'workers'
+-- The consumer that holds what a draining engine handed back: it is always dead.
+local NOBODY = '-'
+-- ~ keeps the trim cheap; control reads far behind this many facts only if it was away for long.
+local ENDED_CAP = 100000
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- Lua prints large numbers with %.14g, which is not an integer any more.
+local function int(x)
+  return string.format('%.0f', x)
+end
+
+-- msgpack of messages.End(reason), as [version, reason, code, message, timings]. reason < 32 bytes.
+local function end_blob(reason)
+  return '\149\1' .. string.char(160 + #reason) .. reason .. '\160\160\128'
+end
+
+-- Gives the caller's place in the queue to its next waiting request, at the tail: round-robin.
+local function promote(queue, caller)
+  local lane = 'rts:lane:' .. queue .. ':' .. caller
+  while true do
+    local rid = redis.call('LPOP', lane)
+    if not rid then
+      redis.call('HDEL', 'rts:turn:' .. queue, caller)
+      return
+    end
+    local v = redis.call('HMGET', 'rts:r:' .. rid, 'st', 't0')
+    if v[1] == 'w' then
+      local eid = redis.call('XADD', 'rts:q:' .. queue, '*', 'rid', rid, 'caller', caller, 't', v[2])
+      redis.call('HSET', 'rts:r:' .. rid, 'eid', eid)
+      redis.call('HSET', 'rts:turn:' .. queue, caller, rid)
+      return
+    end
+  end
+end
+
+-- Books a request out of the waiting ones of its queue.
+local function leave_waiting(queue, size)
+  local count = 'rts:count:' .. queue
+  local waiting = redis.call('HINCRBY', count, 'waiting', -1)
+  redis.call('HINCRBY', count, 'head', 1)
+  if waiting <= 0 then
+    redis.call('HSET', count, 'bytes', 0)
+  else
+    redis.call('HINCRBY', count, 'bytes', -size)
+  end
+end
+
+-- One request fewer for an engine; a lease exists only while the engine owns something.
+local function disown(mv, engine)
+  if redis.call('HINCRBY', 'rts:owns:' .. mv, engine, -1) <= 0 then
+    redis.call('HDEL', 'rts:owns:' .. mv, engine)
+    redis.call('ZREM', 'rts:leases:' .. mv, engine)
+  end
+end
+
+local function engine_of(owner)
+  return string.sub(owner, string.find(owner, ':', 1, true) + 1)
+end
+
+-- Ends a request, exactly once: the end entry in its log, the live message, the counters, the
+-- caller's next request, the fact for control. Returns false when it had ended or does not exist.
+local function finish(rid, reason, blob, now)
+  local key = 'rts:r:' .. rid
+  local v = redis.call('HMGET', key, 'st', 'mv', 'cls', 'eid', 'caller', 'seq', 'own', 'size', 'keep',
+    't0', 't1', 't2', 'pt', 'charge')
+  local st = v[1]
+  if not st or st == 'e' then
+    return false
+  end
+  local mv, caller, seq, keep = v[2], v[5], v[6], tonumber(v[9])
+  local queue = mv .. ':' .. v[3]
+  local log = 'rts:l:' .. rid
+  local id = seq .. '-1'
+  redis.call('XADD', log, id, 'd', blob)
+  redis.call('PEXPIRE', log, keep)
+  redis.call('HSET', key, 'st', 'e', 'reason', reason, 't3', int(now))
+  -- The body is not needed any more; the state stays readable a little longer than the log.
+  redis.call('HDEL', key, 'body', 'eid')
+  redis.call('PEXPIRE', key, keep + 5000)
+  redis.call('ZREM', 'rts:due', rid)
+  if v[4] ~= '' then
+    redis.call('XACK', 'rts:q:' .. queue, GROUP, v[4])
+    redis.call('XDEL', 'rts:q:' .. queue, v[4])
+  end
+  if st == 'w' then
+    leave_waiting(queue, tonumber(v[8]))
+    if v[4] ~= '' then
+      promote(queue, caller)
+    else
+      redis.call('LREM', 'rts:lane:' .. queue .. ':' .. caller, -1, rid)
+    end
+  else
+    redis.call('HINCRBY', 'rts:count:' .. queue, 'running', -1)
+    disown(mv, engine_of(v[7]))
+  end
+  redis.call('XADD', 'rts:ended', 'MAXLEN', '~', ENDED_CAP, '*', 'rid', rid, 'caller', caller, 'mv', mv,
+    'cls', v[3], 'reason', reason, 'prompt', v[13], 'tokens', seq, 'charge', v[14],
+    't0', v[10], 't1', v[11] or '', 't2', v[12] or '', 't3', int(now))
+  redis.call('PUBLISH', log, id .. ' ' .. blob)
+  return true
+end

@@ -1,0 +1,240 @@
+-- Hands waiting and orphaned requests to an engine that has room.
+-- Keys: rts:q:<queue> rts:r:<rid> rts:lane:* rts:turn:* rts:count:<queue> rts:engines:<mv> rts:leases:<mv>
+--       rts:owns:<mv> rts:w:<engine> (channel, only counted) rts:dead rts:ended rts:due
+-- ARGV: 1 mv, 2 engine, 3 room, 4 lease (ms), 5 aging (ms), 6 most bytes of bodies, 7 engine ttl (ms),
+--       8 most deaths without progress, 9 ms without a heartbeat after which the control channel is asked,
+--       10 number of ids known to the engine or -1, 11.. these ids
+-- With ARGV[10] >= 0 it also returns what the engine owns but does not know (a reply was lost).
+-- Order: class, in a class orphans first, then age. Each aging period counts a request one class higher.
+-- Returns {requests, best class still waiting (0-2) or -1, number still waiting}; a request is
+--   {rid, epoch, body, seq, class (0-2), ms waited, deaths}.
+local mv, engine, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local lease, aging, max_bytes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local max_deaths, doubt = tonumber(ARGV[8]), tonumber(ARGV[9])
+local now = now_ms()
+local out, out_bytes, mine = {}, 0, 0
+local leases, owns = 'rts:leases:' .. mv, 'rts:owns:' .. mv
+
+local function stream(class)
+  return 'rts:q:' .. mv .. ':' .. CLASSES[class]
+end
+
+-- Makes the engine the owner. The epoch grows with every owner, so that an older one is fenced.
+local function own(rid, v, class)
+  local key = 'rts:r:' .. rid
+  local epoch = redis.call('HINCRBY', key, 'ep', 1)
+  redis.call('HSET', key, 'own', epoch .. ':' .. engine, 'st', 'r', 't1', int(now), 'mark', v.pr)
+  redis.call('HINCRBY', owns, engine, 1)
+  mine = mine + 1
+  out[#out + 1] = {rid, epoch, v.body, tonumber(v.seq), class - 1, math.max(0, now - v.t0), v.deaths}
+  out_bytes = out_bytes + #v.body
+end
+
+local function read(rid)
+  local f = redis.call('HMGET', 'rts:r:' .. rid, 'st', 'body', 'seq', 't0', 'dl', 'pr', 'mark', 'deaths',
+    'own', 'size', 'caller')
+  if not f[1] then
+    return nil
+  end
+  return {st = f[1], body = f[2], seq = f[3], t0 = tonumber(f[4]), dl = tonumber(f[5]), pr = f[6],
+    mark = f[7], deaths = tonumber(f[8]), owner = f[9], size = tonumber(f[10]), caller = f[11]}
+end
+
+-- 1. What the engine owns and does not know. No death is counted: nobody died.
+if tonumber(ARGV[10]) >= 0 then
+  local known = {}
+  for i = 11, #ARGV do
+    known[ARGV[i]] = true
+  end
+  for class = 1, 3 do
+    local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', 256, engine)
+    if not pending.err then
+      for _, p in ipairs(pending) do
+        local entry = redis.call('XRANGE', stream(class), p[1], p[1])[1]
+        local rid = entry and entry[2][2]
+        local v = rid and not known[rid] and read(rid)
+        if v then
+          redis.call('HINCRBY', owns, engine, -1)
+          own(rid, v, class)
+          room = room - 1
+        end
+      end
+    end
+  end
+end
+
+-- 2. Whose requests are orphans: the lease ran out, or nobody listens to the control channel.
+local dead = {}
+if room > 0 then
+  local stalest = redis.call('ZRANGE', leases, 0, 3, 'WITHSCORES')
+  local settled = nil
+  for i = 1, #stalest, 2 do
+    local other, age = stalest[i], now - tonumber(stalest[i + 1])
+    if other == NOBODY then
+      dead[#dead + 1] = other
+    elseif other ~= engine and age > doubt then
+      if settled == nil then
+        -- Just after a restart of Redis every lease is old and nobody has reconnected yet.
+        local up = string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)')
+        settled = tonumber(up) * 1000 >= 2 * lease
+      end
+      if settled and (age > lease or redis.call('PUBSUB', 'NUMSUB', 'rts:w:' .. other)[2] == 0) then
+        dead[#dead + 1] = other
+      end
+    end
+  end
+end
+local orphans = {{}, {}, {}}
+for _, other in ipairs(dead) do
+  local found = 0
+  for class = 1, 3 do
+    local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', room, other)
+    if not pending.err then
+      for _, p in ipairs(pending) do
+        orphans[class][#orphans[class] + 1] = {p[1], other}
+        found = found + 1
+      end
+    end
+  end
+  if found == 0 then
+    redis.call('ZREM', leases, other)
+    redis.call('HDEL', owns, other)
+  end
+end
+
+-- 3. The first undelivered entry of each class.
+local heads, last = {}, {}
+local function peek(class)
+  local start = last[class]
+  if not start then
+    local info = redis.pcall('XINFO', 'GROUPS', stream(class))
+    if info.err or #info == 0 then
+      redis.call('XGROUP', 'CREATE', stream(class), GROUP, '0', 'MKSTREAM')
+      start = '0-0'
+    else
+      for i = 1, #info[1], 2 do
+        if info[1][i] == 'last-delivered-id' then
+          start = info[1][i + 1]
+        end
+      end
+    end
+  end
+  last[class] = start
+  local entry = redis.call('XRANGE', stream(class), '(' .. start, '+', 'COUNT', 1)[1]
+  if not entry then
+    heads[class] = nil
+    return
+  end
+  local t = tonumber(entry[2][6])
+  heads[class] = {id = entry[1], rid = entry[2][2], caller = entry[2][4], t = t,
+    level = math.max(1, class - math.floor((now - t) / aging))}
+end
+
+local waiting = 0
+for class = 1, 3 do
+  waiting = waiting + tonumber(redis.call('HGET', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'waiting') or 0)
+end
+local share = 0
+if waiting > 0 and room > 0 then
+  for class = 1, 3 do
+    peek(class)
+  end
+  -- A burst is spread over the engines that live, instead of filling the first one that asks.
+  local live = redis.call('ZCOUNT', 'rts:engines:' .. mv, int(now - tonumber(ARGV[7])), '+inf')
+  share = math.min(room, math.ceil(waiting / math.max(1, live)))
+end
+
+-- 4. Take, best first.
+local function take_orphan(class)
+  local id, other = unpack(table.remove(orphans[class], 1))
+  local entry = redis.call('XRANGE', stream(class), id, id)[1]
+  local rid = entry and entry[2][2]
+  local v = rid and read(rid)
+  if not v then
+    redis.call('XACK', stream(class), GROUP, id)
+    redis.call('XDEL', stream(class), id)
+    disown(mv, other)
+    return
+  end
+  if v.dl <= now then
+    finish(rid, 'timeout', end_blob('timeout'), now)
+    return
+  end
+  if other ~= NOBODY then
+    -- Only deaths without progress tell a poisonous request from an unlucky one.
+    v.deaths = v.pr == v.mark and v.deaths + 1 or 0
+    redis.call('HSET', 'rts:r:' .. rid, 'deaths', v.deaths)
+    if v.deaths >= max_deaths then
+      redis.call('XADD', 'rts:dead', '*', 'rid', rid, 'caller', v.caller, 'mv', mv, 'class', CLASSES[class],
+        'why', 'engines died without progress', 'engine', other, 'deaths', v.deaths, 'body', v.body)
+      finish(rid, 'engine_failed', end_blob('engine_failed'), now)
+      return
+    end
+  end
+  redis.call('XCLAIM', stream(class), GROUP, engine, 0, id, 'JUSTID')
+  disown(mv, other)
+  own(rid, v, class)
+  room = room - 1
+end
+
+local function take_waiting(class)
+  local head = heads[class]
+  local queue = mv .. ':' .. CLASSES[class]
+  redis.call('XREADGROUP', 'GROUP', GROUP, engine, 'COUNT', 1, 'STREAMS', stream(class), '>')
+  last[class] = head.id
+  local v = read(head.rid)
+  if not v or v.st ~= 'w' then
+    -- Its hash is gone: nobody was left to end it at its deadline.
+    redis.call('XACK', stream(class), GROUP, head.id)
+    redis.call('XDEL', stream(class), head.id)
+    leave_waiting(queue, 0)
+    promote(queue, head.caller)
+  elseif v.dl <= now then
+    finish(head.rid, 'queue_timeout', end_blob('queue_timeout'), now)
+  else
+    leave_waiting(queue, v.size)
+    redis.call('HINCRBY', 'rts:count:' .. queue, 'running', 1)
+    own(head.rid, v, class)
+    room = room - 1
+    share = share - 1
+    promote(queue, v.caller)
+  end
+  peek(class)
+end
+
+while room > 0 and out_bytes < max_bytes do
+  local best, level, orphan = nil, 4, false
+  for class = 1, 3 do
+    if #orphans[class] > 0 and class < level then
+      best, level, orphan = class, class, true
+    end
+  end
+  if share > 0 then
+    for class = 1, 3 do
+      local h = heads[class]
+      if h and (h.level < level or (h.level == level and not orphan and h.t < heads[best].t)) then
+        best, level, orphan = class, h.level, false
+      end
+    end
+  end
+  if not best then
+    break
+  end
+  if orphan then
+    take_orphan(best)
+  else
+    take_waiting(best)
+  end
+end
+if mine > 0 then
+  redis.call('ZADD', leases, int(now), engine)
+end
+
+local left, best_left = 0, -1
+for class = 3, 1, -1 do
+  local n = tonumber(redis.call('HGET', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'waiting') or 0)
+  if n > 0 then
+    left, best_left = left + n, class - 1
+  end
+end
+return {out, best_left, left}

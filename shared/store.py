@@ -1,0 +1,327 @@
+"""Redis as this project uses it: one method for each script, typed in and out.
+
+No call is retried by the client library: a retried enqueue would be a second one if the scripts were
+not idempotent, and a hidden retry would hide an outage. Callers decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import redis.asyncio as aioredis
+from redis.exceptions import NoScriptError, RedisError
+
+from shared import keys, messages
+from shared.errors import StoreUnavailable
+
+SCRIPTS = (
+    "enqueue",
+    "take",
+    "emit",
+    "cancel",
+    "expire",
+    "release",
+    "heartbeat",
+    "depart",
+    "limit",
+    "settle",
+)
+ENGINE_TTL_MS = 5000
+"""An engine without a heartbeat for this long is not counted any more."""
+MAX_DEATHS = 3
+"""Deaths without progress after which a request is a dead letter."""
+DOUBT_MS = 150
+"""A lease older than this makes take ask whether the engine's control channel still has a listener."""
+TAKE_BYTES = 4 * 1024 * 1024
+"""take stops once it has handed over this many bytes of bodies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """Answer of enqueue.
+
+    Attributes:
+        outcome: accepted, attached (the same request is there), conflict (the id is taken by another),
+            closed (the version takes no requests), full.
+        position: place in the queue when accepted, 1 is next. seq: last token so far when attached.
+        waiting: how many wait when full.
+    """
+
+    outcome: str
+    position: int = 0
+    seq: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One request handed to an engine. `epoch` and the engine's id are the fence."""
+
+    rid: str
+    epoch: int
+    body: bytes
+    seq: int
+    cls: int
+    waited_ms: int
+    deaths: int
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Answer of take: requests, the best class still waiting (-1: none), and how many wait."""
+
+    requests: list[Taken]
+    best_waiting: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one step says of one sequence.
+
+    Attributes:
+        first: number of the first token. last: of the last; first - 1 when there is none.
+        tokens: encoded messages.Tokens or b"". progress: rows computed so far.
+        reason: b"" or how it ended, then with `end`, an encoded messages.End.
+    """
+
+    rid: str
+    epoch: int
+    first: int
+    last: int
+    tokens: bytes
+    progress: int
+    reason: str = ""
+    end: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """Answer for one sequence: ok, duplicate, fenced, gap (seq), ended (reason), lost."""
+
+    outcome: str
+    seq: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """Answer of limit. `refused` is "" or requests, tokens, size (can never fit the bucket)."""
+
+    refused: str
+    requests_left: int
+    tokens_left: int
+    retry_ms: int
+    requests_reset_ms: int
+    tokens_reset_ms: int
+
+
+_ENQUEUED = ("accepted", "attached", "conflict", "closed", "full")
+_EMITTED = ("ok", "duplicate", "fenced", "gap", "ended", "lost")
+_LIMITED = ("", "requests", "tokens", "size")
+
+
+class Script:
+    """One Lua script, sent by its hash, and whole when the server does not know it."""
+
+    def __init__(self, client: aioredis.Redis, name: str) -> None:
+        folder = resources.files("shared").joinpath("scripts")
+        common = folder.joinpath("common.lua").read_text()
+        self._source = common + "\n" + folder.joinpath(f"{name}.lua").read_text()
+        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+        self._client = client
+
+    async def __call__(self, *args: str | bytes | int | float) -> Any:
+        """Runs it with ARGV = args.
+
+        Raises:
+            StoreUnavailable: Redis did not answer, or refused the write.
+        """
+        async with unavailable():
+            try:
+                return await self._client.execute_command("EVALSHA", self._sha, 0, *args)
+            except NoScriptError:
+                # The server was restarted or its scripts were flushed.
+                return await self._client.execute_command("EVAL", self._source, 0, *args)
+
+
+@asynccontextmanager
+async def unavailable() -> AsyncIterator[None]:
+    """Turns what redis-py raises into StoreUnavailable."""
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def connect(url: str, *, timeout_s: float, connections: int = 16) -> aioredis.Redis:
+    """A client that answers or fails within `timeout_s`, and never retries by itself."""
+    pool = aioredis.BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=timeout_s,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=None,
+        retry_on_error=[],
+    )
+    return aioredis.Redis(connection_pool=pool)
+
+
+class Store:
+    """The scripts and the plain reads of one shard."""
+
+    def __init__(self, client: aioredis.Redis) -> None:
+        self.client = client
+        self._run = {name: Script(client, name) for name in SCRIPTS}
+
+    async def close(self) -> None:
+        """Closes the client's connections."""
+        await self.client.aclose(close_connection_pool=True)
+
+    # -- gateways --
+
+    async def limit(
+        self, caller: str, requests_per_minute: int, tokens_per_minute: int, tokens: int
+    ) -> Limited:
+        """Charges one request and `tokens` to the caller's buckets, or nothing."""
+        reply = await self._run["limit"](caller, requests_per_minute, tokens_per_minute, tokens)
+        return Limited(_LIMITED[reply[0]], *reply[1:])
+
+    async def settle(self, caller: str, rid: str, requests: int, tokens: int) -> bool:
+        """Gives back what was charged and not used, once for each rid."""
+        return bool(await self._run["settle"](caller, rid, requests, tokens))
+
+    async def enqueue(
+        self,
+        request: messages.Request,
+        *,
+        cls: str,
+        timeout_ms: int,
+        grace_ms: int,
+        keep_ms: int,
+        charged: int,
+        queue_limit: int,
+        queue_bytes: int,
+        resumable: bool,
+    ) -> Enqueued:
+        """Puts a request on its queue, or says why not. The same one again is `attached`."""
+        reply = await self._run["enqueue"](
+            request.rid,
+            keys.model_version(request.model, request.version),
+            cls,
+            request.caller,
+            request.digest(),
+            messages.encode(request),
+            timeout_ms,
+            grace_ms,
+            keep_ms,
+            len(request.prompt),
+            charged,
+            queue_limit,
+            queue_bytes,
+            "r" if resumable else "",
+        )
+        outcome = _ENQUEUED[reply[0]]
+        if outcome == "accepted":
+            return Enqueued(outcome, position=reply[2])
+        if outcome == "attached":
+            return Enqueued(outcome, seq=reply[1])
+        return Enqueued(outcome, waiting=reply[1])
+
+    async def cancel(self, rid: str, caller: str, reason: str = "cancelled") -> str:
+        """Ends a request: unknown (or another caller's), cancelled, or ended (before)."""
+        code = await self._run["cancel"](rid, caller, reason)
+        return ("unknown", "cancelled", "ended")[code]
+
+    async def expire(self, most: int = 256) -> list[str]:
+        """Ends requests whose deadline has passed; returns their ids."""
+        return [rid.decode() for rid in await self._run["expire"](most)]
+
+    async def read_log(self, rid: str, after: int, most: int = 512) -> list[messages.Entry]:
+        """Log entries with tokens numbered above `after`, and the end, in order; at most `most`.
+
+        The first entry may begin at or before `after`: the caller cuts it.
+        """
+        async with unavailable():
+            entries = await self.client.xrange(
+                keys.log(rid), min=f"({after}-0" if after else "-", max="+", count=most
+            )
+        return [messages.read_entry(entry_id, fields[b"d"]) for entry_id, fields in entries]
+
+    # -- workers --
+
+    async def take(
+        self,
+        mv: str,
+        engine: str,
+        room: int,
+        *,
+        lease_ms: int,
+        aging_ms: int,
+        known: Sequence[str] | None = None,
+    ) -> Take:
+        """Hands over up to `room` requests. With `known`, also those a lost reply had handed over."""
+        reply = await self._run["take"](
+            mv,
+            engine,
+            room,
+            lease_ms,
+            aging_ms,
+            TAKE_BYTES,
+            ENGINE_TTL_MS,
+            MAX_DEATHS,
+            DOUBT_MS,
+            -1 if known is None else len(known),
+            *(known or ()),
+        )
+        taken = [Taken(item[0].decode(), *item[1:]) for item in reply[0]]
+        return Take(taken, reply[1], reply[2])
+
+    async def emit(
+        self, mv: str, engine: str, step: Sequence[Emission]
+    ) -> tuple[int, list[Emitted]]:
+        """Appends a step to the logs and publishes it; (how many wait, an answer for each)."""
+        args: list[str | bytes | int] = []
+        for e in step:
+            args += (e.rid, e.epoch, e.first, e.last, e.tokens, e.progress, e.reason, e.end)
+        reply = await self._run["emit"](mv, engine, *args)
+        answers = []
+        for code, detail in zip(reply[1::2], reply[2::2], strict=True):
+            outcome = _EMITTED[code]
+            if outcome == "gap":
+                answers.append(Emitted(outcome, seq=detail))
+            elif outcome == "ended":
+                answers.append(Emitted(outcome, reason=detail.decode()))
+            else:
+                answers.append(Emitted(outcome))
+        return reply[0], answers
+
+    async def release(self, mv: str, engine: str, owned: Iterable[tuple[str, int]]) -> int:
+        """Hands (rid, epoch) back to be taken by others at once; returns how many were ours."""
+        args = [value for pair in owned for value in pair]
+        return int(await self._run["release"](mv, engine, *args))
+
+    async def heartbeat(
+        self, model: str, version: str, engine: str, card: messages.EngineCard
+    ) -> str:
+        """Announces a live engine; returns the model's live version."""
+        reply = await self._run["heartbeat"](
+            model, version, engine, messages.encode(card), ENGINE_TTL_MS
+        )
+        return str(reply.decode())
+
+    async def depart(self, mv: str, engine: str) -> bool:
+        """Forgets an engine; False while it still owns requests, which others take over."""
+        return bool(await self._run["depart"](mv, engine))
+
+    async def publish_model(self, card: messages.ModelCard) -> None:
+        """Makes tokenizer and template of a version readable for the gateways."""
+        mv = keys.model_version(card.model, card.version)
+        async with unavailable():
+            await self.client.set(keys.files(mv), messages.encode(card))
