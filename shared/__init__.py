@@ -1,1 +1,1 @@
-"""The contract between gateways, workers and control: names, messages, scripts, settings, errors."""
+"""The contract between gateways, workers and control: names, messages, scripts, settings."""

@@ -33,6 +33,18 @@ class StoreUnavailable(RtsError):
         self.reason = reason
 
 
+class LogExpired(RtsError):
+    """A request's token log is gone: it ended too long ago, or Redis lost its data.
+
+    Attributes:
+        rid: the request.
+    """
+
+    def __init__(self, rid: str) -> None:
+        super().__init__(f"the token log of {rid} is gone")
+        self.rid = rid
+
+
 class InvalidRequest(RtsError):
     """A request that can never be served as it is.
 

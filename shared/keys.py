@@ -16,7 +16,7 @@ MODELS = PREFIX + "models"
 """Set of model names. Written by heartbeat, read by gateways. Stays."""
 
 DUE = PREFIX + "due"
-"""Sorted set rid -> deadline (ms) of open requests. Written by enqueue and finish, read by expire."""
+"""Sorted set rid -> deadline (ms) of open requests. enqueue and finish write, expire reads."""
 
 ENDED = PREFIX + "ended"
 """Stream of one fact for each ended request. Written by finish, read by control. Capped."""
@@ -25,7 +25,7 @@ DEAD = PREFIX + "dead"
 """Stream of dead letters. Written by take, read by operators. Trimmed by control after 7 days."""
 
 IDENTITY = PREFIX + "id"
-"""String, random: which data set this is. Written by the first to connect; gone when data is lost."""
+"""String, random: which data set this is. Written by the first to connect."""
 
 
 def model_version(model: str, version: str) -> str:
@@ -34,7 +34,7 @@ def model_version(model: str, version: str) -> str:
 
 
 def queue(mv: str, cls: str) -> str:
-    """Stream of waiting and running requests, group `workers`. enqueue, take, finish. Stays, empty."""
+    """Stream of waiting and running requests, group `workers`. enqueue, take, finish. Stays."""
     return f"{PREFIX}q:{mv}:{cls}"
 
 
@@ -44,22 +44,22 @@ def lane(mv: str, cls: str, caller: str) -> str:
 
 
 def turn(mv: str, cls: str) -> str:
-    """Hash caller -> rid of its one entry waiting in the stream. enqueue, promote. Gone when empty."""
+    """Hash caller -> rid of its entry waiting in the stream. enqueue, promote. Gone when empty."""
     return f"{PREFIX}turn:{mv}:{cls}"
 
 
 def count(mv: str, cls: str) -> str:
-    """Hash waiting, running, bytes, ticket (last given), head (left the queue). All scripts. Stays."""
+    """Hash waiting, running, bytes, ticket (last given), head (left the queue). Scripts. Stays."""
     return f"{PREFIX}count:{mv}:{cls}"
 
 
 def request(rid: str) -> str:
-    """Hash of one request. enqueue, take, emit, finish; read by gateways. Deadline + 300 s, then keep."""
+    """Hash of a request. enqueue, take, emit, finish; gateways read. Deadline + 300 s; keep."""
     return f"{PREFIX}r:{rid}"
 
 
 def log(rid: str) -> str:
-    """Stream of a request's tokens, and the channel of the same name. emit, finish; gateways. keep."""
+    """Stream of a request's tokens, and channel of the same name. emit, finish; gateways. keep."""
     return f"{PREFIX}l:{rid}"
 
 
@@ -99,12 +99,12 @@ def wake(mv: str) -> str:
 
 
 def model(name: str) -> str:
-    """Hash live -> the version that new requests go to. heartbeat; read by gateways. Stays."""
+    """Hash live -> version of new requests, v:<version> -> last heartbeat. heartbeat. Stays."""
     return f"{PREFIX}m:{name}"
 
 
 def files(mv: str) -> str:
-    """String, messages.ModelCard: tokenizer, chat template, context. Worker; read by gateways. Stays."""
+    """String, messages.ModelCard: tokenizer, template. Workers write, gateways read. Stays."""
     return f"{PREFIX}f:{mv}"
 
 

@@ -23,7 +23,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How tokens are chosen; the fields of worker.engine.interface.SamplingParams, and stop strings."""
+    """How tokens are chosen: the engine interface's SamplingParams, and stop strings."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -69,7 +69,7 @@ class Request(Message, frozen=True):
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """One generated token. `text` may be empty: bytes of an unfinished character, or held for a stop."""
+    """One generated token. `text` is empty while a character or a stop string may be unfinished."""
 
     choice: int
     id: int
@@ -187,7 +187,7 @@ def read_entry(entry_id: bytes, data: bytes) -> Entry:
         number = int(seq)
     except ValueError as error:
         raise DecodeError("Entry", f"id {entry_id!r}") from error
-    return Entry(number, decode(data, End if kind == b"1" else Tokens))
+    return Entry(number, decode(data, End) if kind == b"1" else decode(data, Tokens))
 
 
 def read_frame(frame: bytes) -> Entry:

@@ -1,7 +1,7 @@
 """Redis as this project uses it: one method for each script, typed in and out.
 
-No call is retried by the client library: a retried enqueue would be a second one if the scripts were
-not idempotent, and a hidden retry would hide an outage. Callers decide.
+No call is retried by the client library: a hidden retry would hide an outage. Callers decide; the
+scripts are idempotent, so that they may.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENGINE_TTL_MS = 5000
 MAX_DEATHS = 3
 """Deaths without progress after which a request is a dead letter."""
 DOUBT_MS = 150
-"""A lease older than this makes take ask whether the engine's control channel still has a listener."""
+"""A lease older than this makes take ask whether the engine's control channel is listened to."""
 TAKE_BYTES = 4 * 1024 * 1024
 """take stops once it has handed over this many bytes of bodies."""
 
@@ -46,8 +46,8 @@ class Enqueued:
     """Answer of enqueue.
 
     Attributes:
-        outcome: accepted, attached (the same request is there), conflict (the id is taken by another),
-            closed (the version takes no requests), full.
+        outcome: accepted, attached (the same request is there), conflict (the id is taken by
+            another), closed (the version takes no requests), full.
         position: place in the queue when accepted, 1 is next. seq: last token so far when attached.
         waiting: how many wait when full.
     """
@@ -134,7 +134,7 @@ class Script:
         common = folder.joinpath("common.lua").read_text()
         self._source = common + "\n" + folder.joinpath(f"{name}.lua").read_text()
         self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
-        self._client = client
+        self._execute: Any = client.execute_command
 
     async def __call__(self, *args: str | bytes | int | float) -> Any:
         """Runs it with ARGV = args.
@@ -144,10 +144,10 @@ class Script:
         """
         async with unavailable():
             try:
-                return await self._client.execute_command("EVALSHA", self._sha, 0, *args)
+                return await self._execute("EVALSHA", self._sha, 0, *args)
             except NoScriptError:
                 # The server was restarted or its scripts were flushed.
-                return await self._client.execute_command("EVAL", self._source, 0, *args)
+                return await self._execute("EVAL", self._source, 0, *args)
 
 
 @asynccontextmanager
@@ -266,7 +266,7 @@ class Store:
         aging_ms: int,
         known: Sequence[str] | None = None,
     ) -> Take:
-        """Hands over up to `room` requests. With `known`, also those a lost reply had handed over."""
+        """Hands over up to `room` requests; with `known`, also those of a lost reply."""
         reply = await self._run["take"](
             mv,
             engine,
@@ -282,6 +282,12 @@ class Store:
         )
         taken = [Taken(item[0].decode(), *item[1:]) for item in reply[0]]
         return Take(taken, reply[1], reply[2])
+
+    async def wait_for_work(self, mv: str, timeout_s: float) -> None:
+        """Returns when a request was enqueued that nobody was woken for, or after the time."""
+        pop: Any = self.client.blpop
+        async with unavailable():
+            await pop([keys.wake(mv)], timeout=timeout_s)
 
     async def emit(
         self, mv: str, engine: str, step: Sequence[Emission]

@@ -13,6 +13,7 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', engines, '-inf', '(' .. int(no
   redis.call('HDEL', cards, gone)
 end
 redis.call('SADD', 'rts:models', model)
+redis.call('HSET', 'rts:m:' .. model, 'v:' .. version, int(now))
 redis.call('SET', 'rts:open:' .. mv, '1')
 local live = redis.call('HGET', 'rts:m:' .. model, 'live')
 if live ~= version then

@@ -1,0 +1,44 @@
+# `make` lists the targets. Settings are environment variables: RTS_PORT=8100 make up
+.DEFAULT_GOAL := help
+.PHONY: up test test-fast check fmt bench help env env-dev
+
+ifeq ($(OS),Windows_NT)
+$(error Linux or macOS is needed; on Windows use WSL2)
+endif
+
+PYTHON := .venv/bin/python
+PYTEST_ARGS ?=
+
+up: env ## start the whole cluster here: server, gateway, worker, control
+	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
+
+test: env-dev ## run all tests (under 10 minutes)
+	@$(PYTHON) -m realtime_serve.demo_model
+	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
+	@$(PYTHON) -m pytest tests/unit -m "not torch" $(PYTEST_ARGS)
+
+check: env-dev ## lint, formatting, types, generated pages
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m shared.settings | diff docs/settings.md - || \
+		{ echo "docs/settings.md is old: $(PYTHON) -m shared.settings > docs/settings.md"; exit 1; }
+
+fmt: env-dev ## format the code, fix what can be fixed
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+bench: env-dev ## measure the engine alone and the whole cluster over HTTP
+	@$(PYTHON) -m realtime_serve.demo_model
+	@$(PYTHON) -m benchmarks.run
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
+
+env:
+	@sh scripts/bootstrap.sh cluster
+
+env-dev:
+	@sh scripts/bootstrap.sh dev

@@ -1,0 +1,291 @@
+"""Routes token streams from Redis to the open requests of this gateway.
+
+One connection for all (gateway/pubsub.py). A subscription hands out entries in order, each token
+once: duplicates are dropped; whatever may be missing - a gap, a reconnect, a reader too slow for
+its bounded queue - is read again from the request's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from gateway.pubsub import PubSubConnection
+from shared import keys, messages
+from shared.errors import LogExpired, StoreUnavailable
+from shared.store import Store, unavailable
+
+CONFIRM_S = 0.9
+"""Longest wait for Redis to confirm a subscription."""
+CHECK_S = 5.0
+"""How often silent streams are compared with their logs: a lost last message leaves no gap."""
+RETRY_S = 0.2
+"""Pause between attempts to read a log while Redis is away."""
+PAGE = 512
+"""Entries read from a log at once."""
+
+
+class Subscription:
+    """One reader of one request's stream."""
+
+    def __init__(
+        self, rid: str, after: int, hub: Hub, *, replay: bool, close: Callable[[Subscription], None]
+    ) -> None:
+        self.rid = rid
+        self.last = after
+        self._hub = hub
+        self._close = close
+        self._live: deque[bytes] = deque()
+        self._page: deque[messages.Entry] = deque()
+        self._stale = replay
+        self._gone = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+        self.heard_at = asyncio.get_running_loop().time()
+
+    @property
+    def lagging(self) -> int:
+        """Entries that came and were not read yet."""
+        return len(self._live) + len(self._page)
+
+    def feed(self, frame: bytes) -> None:
+        """A live message. When the queue is full it is emptied: the log has it all."""
+        if len(self._live) >= self._hub.backlog:
+            self._live.clear()
+            self._stale = True
+        self._live.append(frame)
+        self._wake()
+
+    def resync(self) -> None:
+        """Something may have been missed: read the log before going on."""
+        self._stale = True
+        self._wake()
+
+    def lost(self) -> None:
+        """The request is not in Redis any more."""
+        self._gone = True
+        self._wake()
+
+    def close(self) -> None:
+        """Ends the subscription. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._close(self)
+
+    async def next(self) -> messages.Entry:
+        """The next entry: tokens above those handed out before, or the end, which is the last.
+
+        Raises:
+            LogExpired: tokens are missing and the log that had them is gone.
+        """
+        while True:
+            if self._stale and not self._page:
+                await self._read_log()
+            if self._page:
+                entry = self._page.popleft()
+                from_log = True
+            elif self._live:
+                entry = messages.read_frame(self._live.popleft())
+                from_log = False
+            elif self._gone:
+                raise LogExpired(self.rid)
+            else:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+                continue
+            fresh = self._accept(entry)
+            if fresh is not None:
+                return fresh
+            if self._missing(entry):
+                if from_log:
+                    raise LogExpired(self.rid)
+                self._hub.gaps += 1
+                self._stale = True
+
+    def _accept(self, entry: messages.Entry) -> messages.Entry | None:
+        event = entry.event
+        if isinstance(event, messages.End):
+            return entry if entry.seq <= self.last else None
+        if entry.seq <= self.last or event.first > self.last + 1:
+            return None
+        if event.first <= self.last:
+            event = msgspec.structs.replace(
+                event, first=self.last + 1, tokens=event.tokens[self.last + 1 - event.first :]
+            )
+            entry = messages.Entry(entry.seq, event)
+        self.last = entry.seq
+        return entry
+
+    def _missing(self, entry: messages.Entry) -> bool:
+        event = entry.event
+        if isinstance(event, messages.End):
+            return entry.seq > self.last
+        return event.first > self.last + 1
+
+    async def _read_log(self) -> None:
+        self._stale = False
+        while True:
+            try:
+                entries = await self._hub.store.read_log(self.rid, self.last, PAGE)
+                if not entries and not await self._hub.exists(self.rid):
+                    self._gone = True
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY_S)
+        self._page.extend(entries)
+        if len(entries) == PAGE:
+            self._stale = True
+
+    def _wake(self) -> None:
+        self.heard_at = asyncio.get_running_loop().time()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        self._waiter = None
+
+
+class _Channel:
+    """The readers of one channel, and whether Redis has confirmed it."""
+
+    def __init__(self) -> None:
+        self.readers: list[Subscription] = []
+        self.confirmed = False
+        self.waiters: list[asyncio.Future[None]] = []
+
+
+class Hub:
+    """All subscriptions of this process.
+
+    Args:
+        url: where Redis is. store: its scripts and reads.
+        backlog: entries kept for a reader that is not reading, before its log is used instead.
+
+    Attributes:
+        gaps: messages that were missing and read from a log.
+    """
+
+    def __init__(self, url: str, store: Store, *, backlog: int = 1024) -> None:
+        self.store = store
+        self.backlog = backlog
+        self.gaps = 0
+        self._channels: dict[bytes, _Channel] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._connection = PubSubConnection(
+            url,
+            on_message=self._on_message,
+            on_subscribed=self._on_subscribed,
+            channels=lambda: self._channels,
+        )
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the pub/sub connection is up."""
+        return self._connection.up
+
+    async def start(self) -> None:
+        """Starts connecting; does not wait for Redis."""
+        self._tasks = [
+            asyncio.create_task(self._connection.run(), name="hub connection"),
+            asyncio.create_task(self._check_silent(), name="hub check"),
+        ]
+
+    async def close(self) -> None:
+        """Stops, leaving no task behind."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def subscribe(self, rid: str, after: int = 0, *, replay: bool = False) -> Subscription:
+        """Opens a reader; returns once Redis has confirmed that messages will come.
+
+        Args:
+            rid: the request.
+            after: number of the last token the reader already has.
+            replay: read what the log holds first; for a request that may be running already.
+
+        Raises:
+            StoreUnavailable: there is no connection, or no confirmation in time.
+        """
+        name = keys.log(rid).encode()
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = _Channel()
+            self._connection.subscribe(name)
+        reader = Subscription(rid, after, self, replay=replay, close=self._forget)
+        channel.readers.append(reader)
+        if not channel.confirmed:
+            waiter = asyncio.get_running_loop().create_future()
+            channel.waiters.append(waiter)
+            try:
+                await asyncio.wait_for(waiter, CONFIRM_S if self.healthy else 0)
+            except TimeoutError:
+                reader.close()
+                raise StoreUnavailable("no confirmation of a subscription") from None
+            except BaseException:
+                reader.close()
+                raise
+        return reader
+
+    async def exists(self, rid: str) -> bool:
+        """Whether the request is known to Redis, ended or not."""
+        async with unavailable():
+            return bool(await self.store.client.exists(keys.request(rid)))
+
+    def _forget(self, reader: Subscription) -> None:
+        name = keys.log(reader.rid).encode()
+        channel = self._channels.get(name)
+        if channel is not None and reader in channel.readers:
+            channel.readers.remove(reader)
+            if not channel.readers:
+                del self._channels[name]
+                self._connection.unsubscribe(name)
+
+    def _on_message(self, name: bytes, payload: bytes) -> None:
+        channel = self._channels.get(name)
+        if channel is not None:
+            for reader in channel.readers:
+                reader.feed(payload)
+
+    def _on_subscribed(self, name: bytes) -> None:
+        channel = self._channels.get(name)
+        if channel is None:
+            return
+        if channel.confirmed:
+            # A second confirmation: the connection was lost in between.
+            for reader in channel.readers:
+                reader.resync()
+        channel.confirmed = True
+        for waiter in channel.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        channel.waiters.clear()
+
+    async def _check_silent(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            quiet = [
+                reader
+                for channel in self._channels.values()
+                for reader in channel.readers
+                if loop.time() - reader.heard_at > CHECK_S
+            ]
+            for start in range(0, len(quiet), PAGE):
+                await self._compare(quiet[start : start + PAGE])
+
+    async def _compare(self, readers: list[Subscription]) -> None:
+        """One round trip for many readers: what does Redis say about their requests?"""
+        try:
+            async with unavailable(), self.store.client.pipeline(transaction=False) as pipe:
+                for reader in readers:
+                    pipe.hmget(keys.request(reader.rid), ["st", "seq"])
+                rows = await pipe.execute()
+        except StoreUnavailable:
+            return
+        for reader, (state, seq) in zip(readers, rows, strict=True):
+            if state is None:
+                reader.lost()
+            elif state == b"e" or int(seq) > reader.last:
+                reader.resync()

@@ -1,0 +1,320 @@
+"""A whole cluster on one machine: `realtime-serve up` starts, watches and stops its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+
+from realtime_serve import ports, probe
+from realtime_serve.data_folder import DataFolder, FolderInUse
+from realtime_serve.demo_model import DemoModelError, fetch_demo_model
+from realtime_serve.lifeline import Lifeline
+from realtime_serve.redis_server import (
+    ServerError,
+    ServerPlan,
+    check_server,
+    find_binary,
+    server_environment,
+)
+from realtime_serve.screen import Screen
+from realtime_serve.supervisor import Child, Program
+from shared.settings import ENV_PREFIX, Settings
+
+# Engine threads spin while they wait; whoever runs beside them must not push them off their core.
+_BESIDE_ENGINE = 5
+_SERVER_START_S = 120.0
+_SERVER_STOP_S = 15.0
+_AFTER_GRACE_S = 5.0
+_POLL_S = 0.1
+_ORPHAN_GRACE_S = 3.0
+
+
+class UpError(Exception):
+    """The cluster cannot be started or had to stop; the message says why and what to do."""
+
+
+def run_up(settings: Settings, screen: Screen, *, end_with_parent: bool = False) -> int:
+    """Run the cluster in the foreground until Ctrl-C or SIGTERM.
+
+    Args:
+        settings: of the cluster; the processes get them in their environment.
+        screen: where to say what happens.
+        end_with_parent: also stop when the process that started this one ends, as make does.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        with _sigterm_as_interrupt(), _prepared(settings, screen) as (server, folder):
+            cluster = Cluster(settings, screen, server, folder, end_with_parent)
+            return asyncio.run(cluster.run())
+    except (UpError, ServerError, FolderInUse, DemoModelError) as error:
+        screen.text(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        screen.text("stopped")
+        return 130
+
+
+@contextlib.contextmanager
+def _prepared(
+    settings: Settings, screen: Screen
+) -> Iterator[tuple[ServerPlan | None, DataFolder | None]]:
+    """Everything that can fail or take long before the first process is started."""
+    _refuse_busy_ports(settings)
+    if settings.redis_url:
+        for warning in check_server(settings.redis_url):
+            screen.text(f"warning: RTS_REDIS_URL: {warning}")
+        screen.step("server: the one at RTS_REDIS_URL")
+        _fetch_models(settings, screen)
+        yield None, None
+        return
+    binary, passed_over = find_binary()
+    for text in passed_over:
+        screen.text(f"note: {text}")
+    folder = DataFolder(settings.data_dir / "redis")
+    try:
+        screen.step(f"server: {binary}, data in {folder.path}")
+        _fetch_models(settings, screen)
+        # Redis and Valkey do not read each other's files.
+        plan = ServerPlan.make(binary, folder.path / binary.kind)
+        try:
+            yield plan, folder
+        finally:
+            plan.clean()
+    finally:
+        folder.close()
+
+
+def _refuse_busy_ports(settings: Settings) -> None:
+    for port in range(settings.port, settings.port + settings.gateways):
+        try:
+            if ports.is_free(settings.host, port):
+                continue
+        except OSError as error:
+            raise UpError(f"cannot listen on {settings.host} port {port}: {error}") from error
+        free = ports.next_free(settings.host, port, settings.gateways)
+        way_out = f"; stop it, or take another port: RTS_PORT={free}" if free else ""
+        raise UpError(f"port {port} is held by {ports.holder(port)}{way_out}")
+
+
+def _fetch_models(settings: Settings, screen: Screen) -> None:
+    if settings.workers and any(model.is_demo for model in settings.models()):
+        fetch_demo_model(settings.data_dir, screen)
+
+
+class Cluster:
+    """The processes of one cluster, from the server's start to the last process's end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        screen: Screen,
+        server: ServerPlan | None,
+        folder: DataFolder | None,
+        end_with_parent: bool,
+    ) -> None:
+        self._settings = settings
+        self._screen = screen
+        self._server = server
+        self._folder = folder
+        self._parent = os.getppid() if end_with_parent else None
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._failure: str | None = None
+        self._children: list[Child] = []
+
+    async def run(self) -> int:
+        """Start everything, wait for the order to stop, stop everything; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in _stop_signals():
+            loop.add_signal_handler(number, self._on_signal)
+        with Lifeline() as lifeline:
+            async with asyncio.TaskGroup() as group:
+                stages = self._stages(lifeline)
+                watchers = [group.create_task(self._watch_parent())]
+                server, *others = stages
+                for child in server:
+                    group.create_task(child.run())
+                if await self._server_is_ready():
+                    for child in (child for stage in others for child in stage):
+                        group.create_task(child.run())
+                    watchers.append(group.create_task(self._announce()))
+                await self._stop.wait()
+                for watcher in watchers:
+                    watcher.cancel()
+                await self._shut_down(stages)
+        if self._failure:
+            raise UpError(self._failure)
+        self._screen.step("stopped")
+        return 0
+
+    def _stages(self, lifeline: Lifeline) -> list[list[Child]]:
+        """Server, control, workers, gateways: in the order of starting; the reverse of stopping."""
+        programs = [self._server_programs(), [self._role("control")], [], []]
+        settings = self._settings
+        number = 0
+        for model in settings.models():
+            for _ in range(settings.workers):
+                changes = {"model": f"{model.name}={model.source}"} if settings.model else {}
+                programs[2].append(self._role("worker", number, **changes))
+                number += 1
+        for index in range(settings.gateways):
+            port = settings.port + index
+            programs[3].append(self._role("gateway", index, port=port, gateways=1))
+        stages = [
+            [Child(program, lifeline, self._screen.step, self._fail) for program in stage]
+            for stage in programs
+        ]
+        self._children = [child for stage in stages for child in stage]
+        return stages
+
+    def _server_programs(self) -> list[Program]:
+        if self._server is None or self._folder is None:
+            return []
+        environment = server_environment(_foreign_environment())
+        name, argv = f"{self._server.binary.kind} server", self._server.argv
+        return [Program(name, argv, environment, _BESIDE_ENGINE, self._folder.fds)]
+
+    def _role(self, role: str, index: int | None = None, **changes: object) -> Program:
+        url = self._server.url if self._server else self._settings.redis_url
+        settings = dataclasses.replace(self._settings, redis_url=url, **changes)  # type: ignore[arg-type]
+        argv = [sys.executable, "-m", "realtime_serve.cli", role]
+        if index is not None:
+            argv += ["--index", str(index)]
+        environment = _foreign_environment() | settings.to_env()
+        name = role if index is None else f"{role}-{index}"
+        return Program(name, argv, environment, 0 if role == "worker" else _BESIDE_ENGINE)
+
+    async def _server_is_ready(self) -> bool:
+        if self._server is None:
+            return True
+        for _ in range(int(_SERVER_START_S / 0.01)):
+            if self._stop.is_set():
+                break
+            if self._server.is_ready():
+                return True
+            await asyncio.sleep(0.01)
+        if self._failure or not self._stop.is_set():
+            self._fail(f"{self._server.binary} did not start:\n{self._server.log_tail()}")
+        return False
+
+    async def _announce(self) -> None:
+        """Wait until every gateway is ready and every model answers, then say what to try."""
+        settings = self._settings
+        wanted = {model.name for model in settings.models()} if settings.workers else set()
+        waiting = set(range(settings.port, settings.port + settings.gateways))
+        self._screen.step("processes started, loading")
+        while waiting:
+            for port in sorted(waiting):
+                status, _ = await probe.get(settings.host, port, "/readyz")
+                if status == 200 and wanted <= await _models_at(settings.host, port):
+                    waiting.discard(port)
+            self._screen.update(f"waiting for {len(waiting)} of {settings.gateways} gateways")
+            await asyncio.sleep(_POLL_S)
+        for child in self._children:
+            child.settle()
+        self._screen.step(f"ready in {self._screen.elapsed_s:.1f} s")
+        self._screen.text(_what_to_try(settings, sorted(wanted)))
+
+    async def _watch_parent(self) -> None:
+        while self._parent is not None:
+            if os.getppid() != self._parent:
+                self._screen.step("the process that started this one has ended")
+                self._hurry_after(_ORPHAN_GRACE_S)
+                self._stop.set()
+                return
+            await asyncio.sleep(0.5)
+
+    def _hurry_after(self, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._hurry.set)
+
+    async def _shut_down(self, stages: Sequence[Sequence[Child]]) -> None:
+        """Stop gateways, then workers, then control, then the server, each with its grace time."""
+        server, control, workers, gateways = stages
+        grace_s = self._settings.drain_grace_s + _AFTER_GRACE_S
+        for stage in (gateways, workers, control):
+            await self._stop_stage(stage, grace_s)
+        for child in server:
+            if not await child.stop(_SERVER_STOP_S):
+                self._screen.step(f"{child.program.name} did not stop in time and was killed")
+
+    async def _stop_stage(self, stage: Sequence[Child], grace_s: float) -> None:
+        killer = asyncio.create_task(self._kill_when_hurried(stage))
+        ends = await asyncio.gather(*(child.stop(grace_s) for child in stage))
+        killer.cancel()
+        for child, ended in zip(stage, ends, strict=True):
+            if not ended:
+                self._screen.step(f"{child.program.name} did not stop in time and was killed")
+
+    async def _kill_when_hurried(self, stage: Sequence[Child]) -> None:
+        await self._hurry.wait()
+        for child in stage:
+            child.kill()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._screen.step("stopping at once")
+            self._hurry.set()
+            return
+        self._screen.step("stopping; Ctrl-C again stops at once")
+        self._stop.set()
+
+    def _fail(self, message: str) -> None:
+        self._failure = self._failure or message
+        self._stop.set()
+
+
+def _foreign_environment() -> dict[str, str]:
+    return {key: text for key, text in os.environ.items() if not key.startswith(ENV_PREFIX)}
+
+
+async def _models_at(host: str, port: int) -> set[str]:
+    status, body = await probe.get(host, port, "/v1/models")
+    if status != 200:
+        return set()
+    try:
+        return {str(entry["id"]) for entry in json.loads(body)["data"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
+
+
+def _what_to_try(settings: Settings, names: Sequence[str]) -> str:
+    url = probe.base_url(settings.host, settings.port)
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": names[0] if names else "?", "stream": True, "messages": [question]})
+    return (
+        f"\n  {url}  serves {', '.join(names) or 'no model: RTS_WORKERS is 0'}\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"    -d {shlex.quote(body)}\n\n"
+        "  Ctrl-C to stop\n"
+    )
+
+
+def _stop_signals() -> list[signal.Signals]:
+    # Under nohup the end of the terminal is to be ignored.
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """While files are fetched: a stop must run the same clean-up as Ctrl-C."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [number for number in _stop_signals() if number != signal.SIGINT]
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""The thread that owns the engine, and the queues between it and the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+
+from worker.engine.interface import Engine, EngineRequest, EngineStats, StepOutput
+
+STEPS_AHEAD = 64
+"""Steps the engine may run beyond what the loop has handled; then it waits: memory is bounded."""
+
+
+class Driver:
+    """Runs an engine in a thread of its own, one step after the other.
+
+    Args:
+        engine: warmed up. on_step: called in the event loop with each step's outputs.
+        on_failure: called in the event loop when a step raised; the thread has stopped.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_step: Callable[[list[StepOutput]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._on_step = on_step
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
+        self._ahead = threading.Semaphore(STEPS_AHEAD)
+        self._room = engine.room()
+        self._adding = 0
+        self.stats = EngineStats()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def room(self) -> int:
+        """How many more sequences the engine would take now, those on their way counted."""
+        return max(0, self._room - self._adding)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def add(self, request: EngineRequest) -> None:
+        """Passes a request to the engine; a refusal comes back as an output with finish "error"."""
+        self._adding += 1
+        self._commands.put(request)
+
+    def abort(self, rid: str) -> None:
+        """Tells the engine to drop a sequence."""
+        self._commands.put(rid)
+
+    def handled(self) -> None:
+        """The loop is done with one step."""
+        self._ahead.release()
+
+    async def stop(self) -> None:
+        """Ends the thread after its current step and closes the engine."""
+        self._commands.put(None)
+        self._ahead.release()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            busy = False
+            while self._obey(wait=not busy):
+                outputs = self._engine.step()
+                self.stats = self._engine.stats()
+                self._room = self._engine.room()
+                busy = self.stats.running + self.stats.waiting > 0
+                if outputs:
+                    self._ahead.acquire()
+                    self._loop.call_soon_threadsafe(self._on_step, outputs)
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._on_failure, error)
+        finally:
+            self._engine.close()
+
+    def _obey(self, *, wait: bool) -> bool:
+        """Carries out the commands that are there; with `wait`, at least one. False: stop."""
+        refused: list[StepOutput] = []
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                break
+            wait = False
+            if command is None:
+                return False
+            if isinstance(command, str):
+                self._engine.abort(command)
+                continue
+            try:
+                self._engine.add(command)
+            except ValueError as error:
+                refused.append(StepOutput(command.rid, [], finish="error", error=str(error)))
+            self._adding -= 1
+        self._room = self._engine.room()
+        if refused:
+            self._ahead.acquire()
+            self._loop.call_soon_threadsafe(self._on_step, refused)
+        return True

@@ -1,0 +1,149 @@
+"""Takes requests for the room that the engine has."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from tokenizers import Tokenizer
+
+from shared import keys, messages
+from shared.errors import DecodeError, StoreUnavailable
+from shared.store import Emission, Store, Taken
+from worker.driver import Driver
+from worker.outbox import Outbox
+from worker.stream import Stream
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.25
+"""How often to look for orphans of dead engines when nothing else is a reason to look."""
+RETRY_S = 0.2
+"""Pause after Redis did not answer."""
+
+
+class Intake:
+    """The way of a request from its queue into the engine.
+
+    Args:
+        store: Redis. model, version: whose queues. engine: this engine's id.
+        tokenizer: of the model. driver, outbox: where requests and their tokens go.
+        max_batch_size: most requests owned at once. max_wait_ms: how long an idle engine waits for
+            more after the first. lease_ms, aging_ms: see take.lua.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        model: str,
+        version: str,
+        engine: str,
+        tokenizer: Tokenizer,
+        driver: Driver,
+        outbox: Outbox,
+        max_batch_size: int,
+        max_wait_ms: float,
+        lease_ms: int,
+        aging_ms: int,
+    ) -> None:
+        self._store = store
+        self._mv = keys.model_version(model, version)
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._driver = driver
+        self._outbox = outbox
+        self._max_batch_size = max_batch_size
+        self._max_wait_s = max_wait_ms / 1000
+        self._lease_ms = lease_ms
+        self._aging_ms = aging_ms
+        self._unsure = False
+
+    async def run(self) -> None:
+        """Takes whenever there is room and a reason, for ever."""
+        while True:
+            try:
+                await self._wait_for_reason()
+                await self._admit()
+            except StoreUnavailable as error:
+                log.warning("cannot take requests", extra={"error": error.reason})
+                # A request may have been handed over in a reply that did not arrive.
+                self._unsure = True
+                await asyncio.sleep(RETRY_S)
+
+    def _room(self) -> int:
+        return min(self._driver.room, self._max_batch_size - len(self._outbox.streams))
+
+    async def _wait_for_reason(self) -> None:
+        """Returns when something may be there to take: news from a step, a wake token, or time."""
+        if not self._outbox.streams:
+            await self._store.wait_for_work(self._mv, LOOK_S)
+            return
+        loop = asyncio.get_running_loop()
+        until = loop.time() + LOOK_S
+        while (left := until - loop.time()) > 0 and self._outbox.streams:
+            await self._outbox.sent(left)
+            if self._outbox.waiting and self._room() > 0:
+                return
+
+    async def _admit(self) -> None:
+        room = self._room()
+        if room <= 0:
+            return
+        idle = not self._outbox.streams
+        taken = await self._take(room)
+        if taken and idle and len(taken) < room and self._max_wait_s:
+            await asyncio.sleep(self._max_wait_s)
+            taken += await self._take(room - len(taken))
+        opened = [await self._open(item) for item in taken]
+        for stream in opened:
+            if stream is not None:
+                self._outbox.add(stream)
+                self._driver.add(stream.engine_request())
+
+    async def _take(self, room: int) -> list[Taken]:
+        known = list(self._outbox.streams) if self._unsure else None
+        take = await self._store.take(
+            self._mv,
+            self._engine,
+            room,
+            lease_ms=self._lease_ms,
+            aging_ms=self._aging_ms,
+            known=known,
+        )
+        self._unsure = False
+        self._outbox.waiting = take.waiting
+        return take.requests
+
+    async def _open(self, taken: Taken) -> Stream | None:
+        """Reads a body and what earlier owners generated; only now, as its owner."""
+        try:
+            request = messages.decode(taken.body, messages.Request)
+        except DecodeError as error:
+            await self._refuse(taken, str(error))
+            return None
+        earlier: list[messages.Token] = []
+        while len(earlier) < taken.seq:
+            entries = await self._store.read_log(taken.rid, len(earlier))
+            if not entries:
+                await self._refuse(taken, "its token log is gone")
+                return None
+            for entry in entries:
+                if isinstance(entry.event, messages.Tokens):
+                    earlier += entry.event.tokens
+        return Stream(taken, request, earlier, self._tokenizer)
+
+    async def _refuse(self, taken: Taken, why: str) -> None:
+        log.error("request cannot be run", extra={"request_id": taken.rid, "error": why})
+        end = messages.End(messages.VERSION, "error", "worker_cannot_run", why)
+        emission = Emission(
+            taken.rid,
+            taken.epoch,
+            taken.seq + 1,
+            taken.seq,
+            b"",
+            0,
+            reason="error",
+            end=messages.encode(end),
+        )
+        await self._store.emit(self._mv, self._engine, [emission])

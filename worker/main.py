@@ -1,0 +1,205 @@
+"""The worker process: load a model, warm it up, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+
+import uvloop
+from tokenizers import Tokenizer
+
+from shared import keys, messages
+from shared.errors import StoreUnavailable
+from shared.logging import setup_logging
+from shared.settings import ModelSource, Settings, SettingsError
+from shared.store import Store, connect
+from worker.driver import Driver
+from worker.engine import EngineOptions, ModelFiles, create_engine
+from worker.engine.interface import Engine
+from worker.intake import Intake
+from worker.outbox import Outbox
+from worker.presence import beat, listen
+
+log = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_S = 5.0
+"""A worker has time: it waits for Redis rather than give a step up."""
+
+
+def main(settings: Settings) -> int:
+    """Runs a worker until SIGTERM or SIGINT; returns the exit status, 2 for a setting at fault."""
+    setup_logging(settings, "worker")
+    try:
+        sources = settings.models()
+        if len(sources) != 1:
+            names = ", ".join(source.name for source in sources)
+            raise SettingsError(f"RTS_MODEL names {names}: a worker process serves one model")
+        engine, files = _load(settings, sources[0])
+    except (SettingsError, ImportError, ValueError, TypeError) as error:
+        log.error(str(error))
+        return 2
+    return uvloop.run(Worker(settings, sources[0].name, engine, files).run())
+
+
+def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
+    began = time.monotonic()
+    log.info("loading", extra={"model": source.name, "engine": settings.engine})
+    engine, files = create_engine(
+        EngineOptions(
+            engine=settings.engine,
+            source=source.source,
+            dtype=settings.dtype,
+            max_batch_size=settings.max_batch_size,
+            echo_step_ms=settings.echo_step_ms,
+            kv_cache_mb=settings.kv_cache_mb,
+            threads=settings.threads,
+            data_dir=settings.data_dir,
+        )
+    )
+    loaded = time.monotonic()
+    log.info("warming up", extra={"loaded_s": round(loaded - began, 1)})
+    # Before the first take: no request waits for a compiler, and no step outlasts the lease.
+    engine.warm_up()
+    log.info("warm", extra={"warm_up_s": round(time.monotonic() - loaded, 1)})
+    return engine, files
+
+
+class Worker:
+    """Everything around one loaded engine."""
+
+    def __init__(self, settings: Settings, model: str, engine: Engine, files: ModelFiles) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._model = messages.ModelCard(
+            messages.VERSION,
+            model=model,
+            version=files.version,
+            tokenizer=files.tokenizer_json,
+            chat_template=files.chat_template or "",
+            context_length=files.context_length,
+            vocab_size=files.vocab_size,
+            bos_token=files.bos_token,
+            eos_token=files.eos_token,
+            eos_ids=list(files.eos_ids),
+            created=int(time.time()),
+        )
+        self._mv = keys.model_version(model, files.version)
+        self._tokenizer = Tokenizer.from_str(files.tokenizer_json)
+        self._started = time.time()
+        self._draining = False
+        self._store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
+        self._outbox = Outbox(self._store, self._mv, self._id)
+        self._driver: Driver | None = None
+
+    async def run(self) -> int:
+        """Serves until a signal; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        stop: asyncio.Future[BaseException | None] = loop.create_future()
+
+        def finish(error: BaseException | None = None) -> None:
+            if not stop.done():
+                stop.set_result(error)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, finish)
+        driver = Driver(self._engine, on_step=self._outbox.on_step, on_failure=finish)
+        self._driver = driver
+        self._outbox.attach(driver)
+        driver.start()
+        listening = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(listen(self._settings.redis_url, self._id, listening)),
+                tasks.create_task(self._outbox.run()),
+                tasks.create_task(beat(self._store, self._model, self.card)),
+            ]
+            intake = tasks.create_task(self._take_when_heard(listening, driver))
+            error = await stop
+            intake.cancel()
+            if error is None:
+                await self._drain(driver)
+            else:
+                # What it owns is taken over by others: its heartbeat and its lease end here.
+                log.critical("engine failed", exc_info=error)
+            for task in background:
+                task.cancel()
+        await self._leave()
+        if error is None:
+            await driver.stop()
+        await self._store.close()
+        return 0 if error is None else 1
+
+    def card(self) -> messages.EngineCard:
+        """What this engine is and does now."""
+        info = self._engine.info
+        assert self._driver is not None
+        stats = self._driver.stats
+        return messages.EngineCard(
+            messages.VERSION,
+            engine=self._id,
+            kind=info.name,
+            device=info.device,
+            dtype=info.dtype,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            max_batch_size=info.max_batch_size,
+            running=stats.running,
+            waiting=stats.waiting,
+            kv_usage=stats.kv_usage,
+            draining=self._draining,
+            started=self._started,
+            steps=stats.steps,
+            prompt_tokens=stats.prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            preemptions=stats.preemptions,
+        )
+
+    async def _take_when_heard(self, listening: asyncio.Event, driver: Driver) -> None:
+        # An engine whose control channel nobody hears would be declared dead as soon as it owns.
+        await listening.wait()
+        log.info("ready", extra={"model": self._mv, "engine": self._id})
+        settings = self._settings
+        await Intake(
+            self._store,
+            model=self._model.model,
+            version=self._model.version,
+            engine=self._id,
+            tokenizer=self._tokenizer,
+            driver=driver,
+            outbox=self._outbox,
+            max_batch_size=settings.max_batch_size,
+            max_wait_ms=settings.max_wait_ms,
+            lease_ms=settings.lease_ms,
+            aging_ms=int(settings.aging_s * 1000),
+        ).run()
+
+    async def _drain(self, driver: Driver) -> None:
+        """Finishes what fits in the grace time and hands the rest to other workers."""
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._settings.drain_grace_s
+        log.info("draining", extra={"streams": len(self._outbox.streams)})
+        while self._outbox.streams and (left := until - loop.time()) > 0:
+            await self._outbox.sent(min(left, 0.1))
+        owned = [(stream.rid, stream.epoch) for stream in self._outbox.streams.values()]
+        for rid, _ in owned:
+            driver.abort(rid)
+        if owned:
+            try:
+                released = await self._store.release(self._mv, self._id, owned)
+                log.info("handed back", extra={"streams": released})
+            except StoreUnavailable as error:
+                log.warning("could not hand streams back", extra={"error": error.reason})
+        self._outbox.streams.clear()
+
+    async def _leave(self) -> None:
+        try:
+            await self._store.depart(self._mv, self._id)
+        except StoreUnavailable:
+            log.warning("could not sign off; the heartbeat runs out by itself")

@@ -1,0 +1,126 @@
+"""Carries what the engine generates to Redis: one script call a step, for all sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from shared.errors import StoreUnavailable
+from shared.store import Emission, Emitted, Store
+from worker.driver import Driver
+from worker.engine.interface import StepOutput
+from worker.stream import Stream
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.1
+"""Pause between attempts while Redis is away; the engine stops when it is too far ahead."""
+
+
+class Outbox:
+    """The streams this worker owns, and their way out.
+
+    While one call is under way further steps pile up and go out together with the next.
+
+    Args:
+        store: Redis. mv: model@version. engine: this engine's id, half of the fence.
+
+    Attributes:
+        streams: by request id.
+        waiting: requests waiting for this version, as the last call told.
+        fenced: sequences dropped because another engine owned them.
+    """
+
+    def __init__(self, store: Store, mv: str, engine: str) -> None:
+        self.streams: dict[str, Stream] = {}
+        self.waiting = 0
+        self.fenced = 0
+        self._store = store
+        self._mv = mv
+        self._engine = engine
+        self._driver: Driver | None = None
+        self._steps = 0
+        self._stepped = asyncio.Event()
+        self._sent = asyncio.Event()
+
+    def attach(self, driver: Driver) -> None:
+        """Says which engine thread to tell of streams that ended elsewhere."""
+        self._driver = driver
+
+    def add(self, stream: Stream) -> None:
+        """A stream that this worker took."""
+        self.streams[stream.rid] = stream
+
+    def on_step(self, outputs: list[StepOutput]) -> None:
+        """What the engine generated."""
+        for output in outputs:
+            stream = self.streams.get(output.rid)
+            if stream is None or stream.ended:
+                continue
+            if stream.advance(output):
+                self._abort(output.rid)
+        self._steps += 1
+        self._stepped.set()
+
+    async def sent(self, timeout_s: float) -> None:
+        """Returns after the next call to Redis, or after the time."""
+        self._sent.clear()
+        try:
+            await asyncio.wait_for(self._sent.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    async def run(self) -> None:
+        """Sends step after step, for ever."""
+        while True:
+            await self._stepped.wait()
+            self._stepped.clear()
+            steps, self._steps = self._steps, 0
+            await self._send()
+            for _ in range(steps):
+                if self._driver is not None:
+                    self._driver.handled()
+
+    async def _send(self) -> None:
+        """Sends until Redis has answered for every stream there is now."""
+        todo: Iterable[Stream] = list(self.streams.values())
+        while todo:
+            step = [stream.emission() for stream in todo]
+            try:
+                self.waiting, answers = await self._store.emit(self._mv, self._engine, step)
+            except StoreUnavailable as error:
+                log.warning("tokens wait for Redis", extra={"error": error.reason})
+                await asyncio.sleep(RETRY_S)
+                todo = list(self.streams.values())
+                continue
+            pairs = zip(step, answers, strict=True)
+            todo = [stream for e, a in pairs if (stream := self._settle(e, a)) is not None]
+        self._sent.set()
+
+    def _settle(self, emission: Emission, answer: Emitted) -> Stream | None:
+        """Acts on the answer for one stream; returns it when it has to be sent again."""
+        stream = self.streams.get(emission.rid)
+        if stream is None or stream.epoch != emission.epoch:
+            return None
+        if answer.outcome in ("ok", "duplicate"):
+            stream.acknowledge(emission.last)
+            if emission.reason:
+                del self.streams[emission.rid]
+            return None
+        if answer.outcome == "gap":
+            stream.acknowledge(answer.seq)
+            return stream
+        if answer.outcome == "fenced":
+            self.fenced += 1
+        log.info(
+            "stream left",
+            extra={"request_id": emission.rid, "outcome": answer.outcome, "why": answer.reason},
+        )
+        del self.streams[emission.rid]
+        self._abort(emission.rid)
+        return None
+
+    def _abort(self, rid: str) -> None:
+        if self._driver is not None:
+            self._driver.abort(rid)

@@ -1,0 +1,65 @@
+"""Shows that an engine lives: a heartbeat each second and a subscribed control channel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from shared import keys, messages
+from shared.errors import StoreUnavailable
+from shared.store import Store, connect, unavailable
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+async def listen(url: str, engine: str, ready: asyncio.Event) -> None:
+    """Stays subscribed to the engine's control channel, for ever; `ready` once confirmed.
+
+    Other engines count the subscribers: a killed process is noticed at once, long before its lease
+    runs out.
+    """
+    while True:
+        client = connect(url, timeout_s=5.0, connections=1)
+        try:
+            async with unavailable():
+                pubsub = client.pubsub()
+                await pubsub.subscribe(keys.control_channel(engine))
+                while True:
+                    message = await pubsub.get_message(timeout=1.0)
+                    if message is not None and message["type"] == "subscribe":
+                        ready.set()
+        except StoreUnavailable as error:
+            log.warning("control channel lost", extra={"error": error.reason})
+            await asyncio.sleep(0.1)
+        finally:
+            await client.aclose(close_connection_pool=True)
+
+
+async def beat(
+    store: Store, model: messages.ModelCard, card: Callable[[], messages.EngineCard]
+) -> None:
+    """Publishes the model's files, then announces the engine each second, for ever."""
+    published = False
+    while True:
+        try:
+            if not published:
+                await store.publish_model(model)
+                published = True
+            now = card()
+            await store.heartbeat(model.model, model.version, now.engine, now)
+            if not await _files_are_there(store, model):
+                published = False
+                continue
+        except StoreUnavailable as error:
+            log.warning("no heartbeat", extra={"error": error.reason})
+            published = False
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+async def _files_are_there(store: Store, model: messages.ModelCard) -> bool:
+    async with unavailable():
+        mv = keys.model_version(model.model, model.version)
+        return bool(await store.client.exists(keys.files(mv)))
