@@ -1,0 +1,1 @@
+"""The arq worker beside the token path: janitor and settling."""

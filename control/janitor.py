@@ -1,0 +1,64 @@
+"""Ends and removes what nobody else is left to: overdue requests, dead engines, dead letters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+from shared import keys
+from shared.store import Store, unavailable
+
+BATCH = 256
+"""Requests ended by one script call, so that it never holds Redis up for long."""
+DEAD_LETTER_DAYS = 7
+
+
+async def sweep(store: Store) -> dict[str, int]:
+    """One round; returns how many requests were ended and engines forgotten.
+
+    Raises:
+        StoreUnavailable: Redis did not answer; the next round goes on.
+    """
+    ended = 0
+    while True:
+        batch = len(await store.expire(BATCH))
+        ended += batch
+        if batch < BATCH:
+            break
+    forgotten = 0
+    async for mv, engine in _departed(store):
+        forgotten += await store.depart(mv, engine)
+    oldest = int((time.time() - DEAD_LETTER_DAYS * 86400) * 1000)
+    async with unavailable():
+        await store.client.xtrim(keys.DEAD, minid=f"{oldest}-0", approximate=True)
+    return {"ended": ended, "forgotten": forgotten}
+
+
+async def _departed(store: Store) -> AsyncIterator[tuple[str, str]]:
+    """Consumers that own nothing and whose engine sends no heartbeat any more."""
+    async with unavailable():
+        models = await store.client.smembers(keys.MODELS)  # type: ignore[misc]
+        for model in models:
+            fields = await store.client.hkeys(keys.model(model.decode()))  # type: ignore[misc]
+            for field in fields:
+                if field.startswith(b"v:"):
+                    mv = keys.model_version(model.decode(), field[2:].decode())
+                    for engine in await _silent_consumers(store, mv):
+                        yield mv, engine
+
+
+async def _silent_consumers(store: Store, mv: str) -> set[str]:
+    silent: set[str] = set()
+    owning: set[str] = {keys.NOBODY}
+    for cls in keys.CLASSES:
+        queue = keys.queue(mv, cls)
+        if not await store.client.exists(queue):
+            continue
+        for consumer in await store.client.xinfo_consumers(queue, keys.GROUP):
+            name = consumer["name"].decode()
+            (owning if consumer["pending"] else silent).add(name)
+    alive = set()
+    for engine in silent - owning:
+        if await store.client.zscore(keys.engines(mv), engine) is not None:
+            alive.add(engine)
+    return silent - owning - alive

@@ -1,0 +1,106 @@
+"""The control process: an arq worker that runs the janitor and the settling as cron jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from arq import cron
+from arq.connections import RedisSettings
+from arq.worker import Worker
+from redis.exceptions import RedisError
+
+from control.janitor import sweep
+from control.settling import settle
+from shared.errors import StoreUnavailable
+from shared.logging import setup_logging
+from shared.settings import Settings
+from shared.store import Store, connect
+
+log = logging.getLogger(__name__)
+
+EVERY_SECOND = set(range(60))
+QUEUE = "rts:arq"
+RETRY_S = 1.0
+"""Pause before the worker is started again after Redis was away."""
+
+
+def main(settings: Settings) -> int:
+    """Runs the control process until SIGTERM or SIGINT; returns the exit status."""
+    setup_logging(settings, "control")
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = Store(connect(settings.redis_url, timeout_s=5.0))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        while not stop.is_set():
+            worker = _worker(settings, store)
+            running = asyncio.create_task(worker.async_run())
+            await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                running.cancel()
+            outcome = (await asyncio.gather(running, return_exceptions=True))[0]
+            with suppress(RedisError):
+                await worker.close()
+            if not stop.is_set():
+                # arq's worker ends when Redis goes away; this process waits for it to come back.
+                log.warning("control lost Redis", extra={"error": repr(outcome)})
+                await asyncio.wait([stopping], timeout=RETRY_S)
+    finally:
+        stopping.cancel()
+        await store.close()
+    return 0
+
+
+def _worker(settings: Settings, store: Store) -> Worker:
+    return Worker(
+        cron_jobs=[
+            cron(janitor, second=EVERY_SECOND, timeout=10),
+            cron(settling, second=EVERY_SECOND, timeout=60),
+        ],
+        redis_settings=RedisSettings.from_dsn(settings.redis_url),
+        queue_name=QUEUE,
+        health_check_key=f"{QUEUE}:health",
+        # arq pickles by default; whoever can write to Redis must not be able to run code here.
+        job_serializer=msgspec.msgpack.encode,
+        job_deserializer=msgspec.msgpack.decode,
+        handle_signals=False,
+        keep_result=0,
+        on_startup=_ready,
+        ctx={"store": store, "name": f"{socket.gethostname()}-{os.getpid()}"},
+    )
+
+
+async def _ready(ctx: dict[str, Any]) -> None:
+    log.info("ready")
+
+
+async def janitor(ctx: dict[str, Any]) -> None:
+    """Cron job, each second, once however many control processes there are."""
+    try:
+        done = await sweep(ctx["store"])
+    except (StoreUnavailable, RedisError) as error:
+        log.warning("janitor could not finish", extra={"error": str(error)})
+        return
+    if any(done.values()):
+        log.info("janitor", extra=done)
+
+
+async def settling(ctx: dict[str, Any]) -> None:
+    """Cron job, each second: settles what has ended since."""
+    try:
+        await settle(ctx["store"], ctx["name"])
+    except (StoreUnavailable, RedisError) as error:
+        log.warning("settling could not finish", extra={"error": str(error)})

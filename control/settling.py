@@ -1,0 +1,61 @@
+"""Settles budgets: what a request was charged beyond what it used goes back to its caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from shared import keys
+from shared.store import Store, unavailable
+
+PAGE = 500
+"""Facts read at once."""
+STALE_MS = 30_000
+"""Facts that another control process read this long ago and did not settle are taken over."""
+
+
+async def settle(store: Store, consumer: str) -> int:
+    """Settles every fact there is; returns how many.
+
+    A fact is acknowledged after its budget was settled, and settling is idempotent by request id: a
+    control process that dies in between loses and repeats nothing.
+
+    Raises:
+        StoreUnavailable: Redis did not answer; the next round goes on.
+    """
+    await _ensure_group(store)
+    settled = 0
+    async with unavailable():
+        reply: Any = await store.client.xautoclaim(
+            keys.ENDED, keys.CONTROL_GROUP, consumer, STALE_MS, count=PAGE
+        )
+    facts = reply[1]
+    while True:
+        for entry_id, fact in facts:
+            await _settle_one(store, fact)
+            async with unavailable():
+                await store.client.xack(keys.ENDED, keys.CONTROL_GROUP, entry_id)
+            settled += 1
+        async with unavailable():
+            page: Any = await store.client.xreadgroup(
+                keys.CONTROL_GROUP, consumer, {keys.ENDED: ">"}, count=PAGE
+            )
+        if not page:
+            return settled
+        facts = page[0][1]
+
+
+async def _settle_one(store: Store, fact: dict[bytes, bytes]) -> None:
+    unused = int(fact[b"charge"]) - int(fact[b"prompt"]) - int(fact[b"tokens"])
+    if unused > 0:
+        await store.settle(fact[b"caller"].decode(), fact[b"rid"].decode(), 0, unused)
+
+
+async def _ensure_group(store: Store) -> None:
+    async with unavailable():
+        try:
+            await store.client.xgroup_create(keys.ENDED, keys.CONTROL_GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
