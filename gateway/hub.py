@@ -17,6 +17,7 @@ from gateway.pubsub import PubSubConnection
 from shared import keys, messages
 from shared.errors import LogExpired, StoreUnavailable
 from shared.store import Store, unavailable
+from shared.tasks import end
 
 CONFIRM_S = 0.9
 """Longest wait for Redis to confirm a subscription."""
@@ -193,9 +194,7 @@ class Hub:
 
     async def close(self) -> None:
         """Stops, leaving no task behind."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     async def subscribe(self, rid: str, after: int = 0, *, replay: bool = False) -> Subscription:
         """Opens a reader; returns once Redis has confirmed that messages will come.
@@ -219,7 +218,8 @@ class Hub:
             waiter = asyncio.get_running_loop().create_future()
             channel.waiters.append(waiter)
             try:
-                await asyncio.wait_for(waiter, CONFIRM_S if self.healthy else 0)
+                async with asyncio.timeout(CONFIRM_S if self.healthy else 0):
+                    await waiter
             except TimeoutError:
                 reader.close()
                 raise StoreUnavailable("no confirmation of a subscription") from None

@@ -100,7 +100,8 @@ class PubSubConnection:
 
     async def _connected(self) -> None:
         loop = asyncio.get_running_loop()
-        transport, protocol = await asyncio.wait_for(self._open(loop), PONG_S * 4)
+        async with asyncio.timeout(PONG_S * 4):
+            transport, protocol = await self._open(loop)
         try:
             self._transport = transport
             if channels := list(self._channels()):

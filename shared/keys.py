@@ -27,6 +27,9 @@ DEAD = PREFIX + "dead"
 IDENTITY = PREFIX + "id"
 """String, random: which data set this is. Written by the first to connect."""
 
+SECRET = PREFIX + "secret"
+"""String, random: makes request ids of Idempotency-Keys. First gateway that needs it. Stays."""
+
 
 def model_version(model: str, version: str) -> str:
     """`model@version`, what queues and engines belong to."""

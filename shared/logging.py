@@ -20,7 +20,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def setup_logging(settings: Settings, process: str, stream: TextIO | None = None) -> None:
-    """Send this process's log to `stream`; called once, before anything is logged.
+    """Send this process's log to `stream`. The first call counts, later ones do nothing.
 
     Args:
         settings: gives the format and the lowest level of our own loggers; of other people's
@@ -28,13 +28,15 @@ def setup_logging(settings: Settings, process: str, stream: TextIO | None = None
         process: the name of this process, as in "worker-0".
         stream: stderr by default.
     """
+    root = logging.getLogger()
+    if any(isinstance(handler.formatter, _OneLine) for handler in root.handlers):
+        return
     stream = stream or sys.stderr
     as_json = settings.log_format == "json" or (
         settings.log_format == "auto" and not stream.isatty()
     )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(process) if as_json else ConsoleFormatter(process))
-    root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     for name in _OURS:
@@ -42,12 +44,14 @@ def setup_logging(settings: Settings, process: str, stream: TextIO | None = None
     logging.captureWarnings(True)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, process, logger, message, then the extras."""
-
+class _OneLine(logging.Formatter):
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
+
+
+class JsonFormatter(_OneLine):
+    """One JSON object a line: time (UTC), level, process, logger, message, then the extras."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of strict JSON."""
@@ -67,12 +71,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-class ConsoleFormatter(logging.Formatter):
+class ConsoleFormatter(_OneLine):
     """`12:00:01 worker-0 loading model=smollm2-135m`; the level is shown from warnings up."""
-
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one readable line, followed by a traceback if it has one."""

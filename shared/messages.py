@@ -67,6 +67,37 @@ class Request(Message, frozen=True):
         same = (self.model, self.caller, self.prompt, self.sampling, self.api, self.stream)
         return hashlib.blake2b(msgspec.msgpack.encode(same), digest_size=16).hexdigest()
 
+    def view(self, *, resumable: bool) -> View:
+        """The part that outlives the body."""
+        return View(
+            VERSION,
+            self.api,
+            self.model,
+            self.version,
+            self.stream,
+            self.label,
+            self.created,
+            self.include_usage,
+            resumable,
+        )
+
+
+class View(Message, frozen=True):
+    """How a request is shown to its client: what a gateway needs to resume it, also after its end.
+
+    Attributes:
+        resumable: it outlives its connection. The others are fields of Request.
+    """
+
+    api: str
+    model: str
+    version: str
+    stream: bool = False
+    label: str = ""
+    created: int = 0
+    include_usage: bool = False
+    resumable: bool = False
+
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """One generated token. `text` is empty while a character or a stop string may be unfinished."""

@@ -12,7 +12,7 @@ import ipaddress
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -230,7 +230,8 @@ class Settings:
             SettingsError: a value is out of its range or does not fit another one.
         """
         for spec in dataclasses.fields(self):
-            _check_value(spec, getattr(self, spec.name), env_name(spec.name))
+            value = getattr(self, spec.name)
+            _check_value(spec, value, f"{env_name(spec.name)}={value}")
         object.__setattr__(self, "data_dir", _absolute(self.data_dir))
         if self.port + self.gateways - 1 > 65535:
             raise SettingsError(
@@ -346,7 +347,7 @@ def _parse(spec: dataclasses.Field[Any], text: str, shown: str) -> Any:
         value = Path(text)
     if value is None:
         raise SettingsError(f"{shown}={text}: must be {allowed_values(spec)}")
-    _check_value(spec, value, shown)
+    _check_value(spec, value, f"{shown}={text}")
     return value
 
 
@@ -360,20 +361,21 @@ def _check_value(spec: dataclasses.Field[Any], value: Any, shown: str) -> None:
     elif spec.name == "engine":
         good = value in ("torch", "echo") or bool(_ENGINE_PATH.fullmatch(value))
     if not good:
-        raise SettingsError(f"{shown}={value}: must be {allowed_values(spec)}")
+        raise SettingsError(f"{shown}: must be {allowed_values(spec)}")
     if spec.name == "redis_url" and value:
         if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise SettingsError(f"{shown}: must start with redis://, rediss:// or unix://")
+            key = shown.partition("=")[0]
+            raise SettingsError(f"{key}: must start with redis://, rediss:// or unix://")
     elif spec.name == "trusted_proxies":
         for item in filter(None, (part.strip() for part in value.split(","))):
             try:
                 ipaddress.ip_network(item, strict=False)
             except ValueError:
-                raise SettingsError(f"{shown}={value}: {item!r} is no address or network") from None
+                raise SettingsError(f"{shown}: {item!r} is no address or network") from None
     elif spec.name == "cors_origins":
         for item in filter(None, (part.strip() for part in value.split(","))):
             if item != "*" and not _ORIGIN.fullmatch(item):
-                raise SettingsError(f"{shown}={value}: {item!r} is no origin like https://site.org")
+                raise SettingsError(f"{shown}: {item!r} is no origin like https://site.org")
 
 
 def _absolute(path: Path) -> Path:
@@ -402,11 +404,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _unknown(kind: str, shown: str, text: str, known: Any) -> SettingsError:
+def _unknown(kind: str, shown: str, text: str, known: Iterable[str]) -> SettingsError:
     near = difflib.get_close_matches(shown, list(known), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    may_be_secret = re.search("token|url|key|secret|pass", shown, re.IGNORECASE)
-    return SettingsError(f"{shown}={'***' if may_be_secret else text}: unknown {kind}{hint}")
+    # Half of a misspelt secret's name may still tell that it is one.
+    if re.search("token|url|key|secret|pass", "".join((shown, *near)), re.IGNORECASE):
+        text = "***"
+    return SettingsError(f"{shown}={text}: unknown {kind}{hint}")
 
 
 def _page() -> str:

@@ -225,7 +225,7 @@ class Store:
             charged,
             queue_limit,
             queue_bytes,
-            "r" if resumable else "",
+            messages.encode(request.view(resumable=resumable)),
         )
         outcome = _ENQUEUED[reply[0]]
         if outcome == "accepted":

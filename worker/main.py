@@ -18,6 +18,7 @@ from shared.errors import StoreUnavailable
 from shared.logging import setup_logging
 from shared.settings import ModelSource, Settings, SettingsError
 from shared.store import Store, connect
+from shared.tasks import end
 from worker.driver import Driver
 from worker.engine import EngineOptions, ModelFiles, create_engine
 from worker.engine.interface import Engine
@@ -121,14 +122,13 @@ class Worker:
             ]
             intake = tasks.create_task(self._take_when_heard(listening, driver))
             error = await stop
-            intake.cancel()
+            await end(intake)
             if error is None:
                 await self._drain(driver)
             else:
                 # What it owns is taken over by others: its heartbeat and its lease end here.
                 log.critical("engine failed", exc_info=error)
-            for task in background:
-                task.cancel()
+            await end(*background)
         await self._leave()
         if error is None:
             await driver.stop()

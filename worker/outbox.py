@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 
 from shared.errors import StoreUnavailable
 from shared.store import Emission, Emitted, Store
@@ -66,10 +67,10 @@ class Outbox:
     async def sent(self, timeout_s: float) -> None:
         """Returns after the next call to Redis, or after the time."""
         self._sent.clear()
-        try:
-            await asyncio.wait_for(self._sent.wait(), timeout_s)
-        except TimeoutError:
-            return
+        # Not wait_for: until Python 3.12 it loses a cancellation that comes together with the event.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._sent.wait()
 
     async def run(self) -> None:
         """Sends step after step, for ever."""

@@ -25,6 +25,20 @@ local function end_blob(reason)
   return '\149\1' .. string.char(160 + #reason) .. reason .. '\160\160\128'
 end
 
+-- Books a request out of the waiting ones of its queue. Size 0 is one whose hash expired: its bytes
+-- stay counted until the queue is empty.
+local function leave_waiting(queue, size)
+  local count = 'rts:count:' .. queue
+  local waiting = redis.call('HINCRBY', count, 'waiting', -1)
+  redis.call('HINCRBY', count, 'head', 1)
+  if waiting <= 0 then
+    redis.call('HSET', count, 'bytes', 0)
+  elseif size > 0 then
+    -- Lua would send -0 as an argument that is no integer.
+    redis.call('HINCRBY', count, 'bytes', -size)
+  end
+end
+
 -- Gives the caller's place in the queue to its next waiting request, at the tail: round-robin.
 local function promote(queue, caller)
   local lane = 'rts:lane:' .. queue .. ':' .. caller
@@ -34,25 +48,15 @@ local function promote(queue, caller)
       redis.call('HDEL', 'rts:turn:' .. queue, caller)
       return
     end
-    local v = redis.call('HMGET', 'rts:r:' .. rid, 'st', 't0')
-    if v[1] == 'w' then
+    local v = redis.call('HMGET', 'rts:r:' .. rid, 'st', 't0', 'eid')
+    if v[1] == 'w' and v[3] == '' then
       local eid = redis.call('XADD', 'rts:q:' .. queue, '*', 'rid', rid, 'caller', caller, 't', v[2])
       redis.call('HSET', 'rts:r:' .. rid, 'eid', eid)
       redis.call('HSET', 'rts:turn:' .. queue, caller, rid)
       return
     end
-  end
-end
-
--- Books a request out of the waiting ones of its queue.
-local function leave_waiting(queue, size)
-  local count = 'rts:count:' .. queue
-  local waiting = redis.call('HINCRBY', count, 'waiting', -1)
-  redis.call('HINCRBY', count, 'head', 1)
-  if waiting <= 0 then
-    redis.call('HSET', count, 'bytes', 0)
-  else
-    redis.call('HINCRBY', count, 'bytes', -size)
+    -- Its hash expired (and may have come again): nobody was left to end it at its deadline.
+    leave_waiting(queue, 0)
   end
 end
 
@@ -62,6 +66,24 @@ local function disown(mv, engine)
     redis.call('HDEL', 'rts:owns:' .. mv, engine)
     redis.call('ZREM', 'rts:leases:' .. mv, engine)
   end
+end
+
+-- Removes a gone engine's consumers, but none with pending entries: DELCONSUMER would lose those.
+-- Returns whether nothing of it is left.
+local function forget_consumers(mv, engine)
+  local gone = true
+  for class = 1, 3 do
+    local q = 'rts:q:' .. mv .. ':' .. CLASSES[class]
+    local pending = redis.pcall('XPENDING', q, GROUP, '-', '+', 1, engine)
+    if not pending.err then
+      if #pending == 0 then
+        redis.call('XGROUP', 'DELCONSUMER', q, GROUP, engine)
+      else
+        gone = false
+      end
+    end
+  end
+  return gone
 end
 
 local function engine_of(owner)

@@ -1,5 +1,6 @@
 -- Announces a live engine, once a second, and makes its version the live one where there is no other.
 -- Keys: rts:engines:<mv> rts:cards:<mv> rts:open:<mv> rts:m:<model> rts:models
+--       rts:q:<queue> (consumers of engines that are gone)
 -- ARGV: 1 model, 2 version, 3 engine, 4 card (messages.EngineCard), 5 ttl (ms)
 -- Returns the live version of the model.
 local model, version = ARGV[1], ARGV[2]
@@ -11,6 +12,7 @@ redis.call('HSET', cards, ARGV[3], ARGV[4])
 for _, gone in ipairs(redis.call('ZRANGEBYSCORE', engines, '-inf', '(' .. int(now - ttl), 'LIMIT', 0, 16)) do
   redis.call('ZREM', engines, gone)
   redis.call('HDEL', cards, gone)
+  forget_consumers(mv, gone)
 end
 redis.call('SADD', 'rts:models', model)
 redis.call('HSET', 'rts:m:' .. model, 'v:' .. version, int(now))

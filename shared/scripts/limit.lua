@@ -1,6 +1,8 @@
 -- Charges one request and its tokens to a caller's two buckets, both or neither.
--- The generic cell rate algorithm: a bucket is one time (TAT, microseconds), the exact form of a token
--- bucket that holds one minute's worth. Source: ITU-T I.371, virtual scheduling.
+-- The generic cell rate algorithm: a bucket is one time (TAT), the exact form of a token bucket that
+-- holds one minute's worth. Source: ITU-T I.371, virtual scheduling. A TAT is in microseconds since
+-- 1,700,000,000 s of Unix time with three decimals: what a double holds of them. Whole ones would allow
+-- one call too many at more than some 10,000 a minute.
 -- Keys: rts:b:<caller>
 -- ARGV: 1 caller, 2 requests a minute (0: no limit), 3 tokens a minute (0: no limit), 4 tokens to charge
 -- Returns {code, requests left, tokens left, retry after (ms), requests full in (ms), tokens full in (ms)}:
@@ -9,7 +11,7 @@ local key = 'rts:b:' .. ARGV[1]
 local rpm, tpm, cost = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local WINDOW = 60000000
 local t = redis.call('TIME')
-local now = t[1] * 1000000 + t[2]
+local now = (t[1] - 1700000000) * 1000000 + t[2]
 local v = redis.call('HMGET', key, 'r', 't')
 
 local function look(tat, limit, n)
@@ -42,7 +44,8 @@ if k.wait > 0 then
   return reply(2, r, k, r.tat, k.tat, k.wait)
 end
 if rpm > 0 or tpm > 0 then
-  redis.call('HSET', key, 'r', int(r.next), 't', int(k.next), 'rs', tostring(r.step), 'ts', tostring(k.step))
+  redis.call('HSET', key, 'r', string.format('%.3f', r.next), 't', string.format('%.3f', k.next),
+    'rs', tostring(r.step), 'ts', tostring(k.step))
   redis.call('PEXPIRE', key, math.ceil((math.max(r.next, k.next) - now) / 1000) + 1)
 end
 return reply(0, r, k, r.next, k.next, 0)

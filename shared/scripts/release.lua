@@ -16,4 +16,5 @@ for i = 3, #ARGV, 2 do
     n = n + 1
   end
 end
+redis.call('LTRIM', 'rts:wake:' .. mv, 0, 255)
 return n

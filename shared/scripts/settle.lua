@@ -10,6 +10,6 @@ local v = redis.call('HMGET', key, 'r', 't', 'rs', 'ts')
 if not v[1] then
   return 0
 end
-redis.call('HSET', key, 'r', int(tonumber(v[1]) - tonumber(ARGV[3]) * tonumber(v[3])),
-  't', int(tonumber(v[2]) - tonumber(ARGV[4]) * tonumber(v[4])))
+redis.call('HSET', key, 'r', string.format('%.3f', tonumber(v[1]) - tonumber(ARGV[3]) * tonumber(v[3])),
+  't', string.format('%.3f', tonumber(v[2]) - tonumber(ARGV[4]) * tonumber(v[4])))
 return 1

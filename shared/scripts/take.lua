@@ -1,11 +1,12 @@
 -- Hands waiting and orphaned requests to an engine that has room.
 -- Keys: rts:q:<queue> rts:r:<rid> rts:lane:* rts:turn:* rts:count:<queue> rts:engines:<mv> rts:leases:<mv>
---       rts:owns:<mv> rts:w:<engine> (channel, only counted) rts:dead rts:ended rts:due
+--       rts:owns:<mv> rts:w:<engine> (channel, only counted) rts:dead rts:l:<rid> rts:ended rts:due
 -- ARGV: 1 mv, 2 engine, 3 room, 4 lease (ms), 5 aging (ms), 6 most bytes of bodies, 7 engine ttl (ms),
 --       8 most deaths without progress, 9 ms without a heartbeat after which the control channel is asked,
 --       10 number of ids known to the engine or -1, 11.. these ids
 -- With ARGV[10] >= 0 it also returns what the engine owns but does not know (a reply was lost).
--- Order: class, in a class orphans first, then age. Each aging period counts a request one class higher.
+-- Order: class, in a class orphans first, then age. Each aging period counts a request one class higher,
+--   orphans too, or a busy queue of a better class would keep a broken stream waiting until its deadline.
 -- Returns {requests, best class still waiting (0-2) or -1, number still waiting}; a request is
 --   {rid, epoch, body, seq, class (0-2), ms waited, deaths}.
 local mv, engine, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -13,17 +14,24 @@ local lease, aging, max_bytes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(A
 local max_deaths, doubt = tonumber(ARGV[8]), tonumber(ARGV[9])
 local now = now_ms()
 local out, out_bytes, mine = {}, 0, 0
+-- One call ends at most so many requests past their deadlines beside those it takes; the rest is the next
+-- call's. After a long outage the whole queue may be late.
+local SPARE_TURNS = 256
 local leases, owns = 'rts:leases:' .. mv, 'rts:owns:' .. mv
 
 local function stream(class)
   return 'rts:q:' .. mv .. ':' .. CLASSES[class]
 end
 
+local function level_of(class, t)
+  return math.max(1, class - math.floor((now - t) / aging))
+end
+
 -- Makes the engine the owner. The epoch grows with every owner, so that an older one is fenced.
 local function own(rid, v, class)
   local key = 'rts:r:' .. rid
   local epoch = redis.call('HINCRBY', key, 'ep', 1)
-  redis.call('HSET', key, 'own', epoch .. ':' .. engine, 'st', 'r', 't1', int(now), 'mark', v.pr)
+  redis.call('HSET', key, 'own', epoch .. ':' .. engine, 'st', 'r', 't1', v.t1 or int(now), 'mark', v.pr)
   redis.call('HINCRBY', owns, engine, 1)
   mine = mine + 1
   out[#out + 1] = {rid, epoch, v.body, tonumber(v.seq), class - 1, math.max(0, now - v.t0), v.deaths}
@@ -32,12 +40,20 @@ end
 
 local function read(rid)
   local f = redis.call('HMGET', 'rts:r:' .. rid, 'st', 'body', 'seq', 't0', 'dl', 'pr', 'mark', 'deaths',
-    'own', 'size', 'caller')
+    'own', 'size', 'caller', 'eid', 't1')
   if not f[1] then
     return nil
   end
   return {st = f[1], body = f[2], seq = f[3], t0 = tonumber(f[4]), dl = tonumber(f[5]), pr = f[6],
-    mark = f[7], deaths = tonumber(f[8]), owner = f[9], size = tonumber(f[10]), caller = f[11]}
+    mark = f[7], deaths = tonumber(f[8]), owner = f[9], size = tonumber(f[10]), caller = f[11], eid = f[12], t1 = f[13]}
+end
+
+-- An owned entry whose request's hash expired, or came again and is somewhere else by now.
+local function drop(class, id, owner)
+  redis.call('XACK', stream(class), GROUP, id)
+  redis.call('XDEL', stream(class), id)
+  redis.call('HINCRBY', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'running', -1)
+  disown(mv, owner)
 end
 
 -- 1. What the engine owns and does not know. No death is counted: nobody died.
@@ -52,11 +68,15 @@ if tonumber(ARGV[10]) >= 0 then
       for _, p in ipairs(pending) do
         local entry = redis.call('XRANGE', stream(class), p[1], p[1])[1]
         local rid = entry and entry[2][2]
-        local v = rid and not known[rid] and read(rid)
-        if v then
-          redis.call('HINCRBY', owns, engine, -1)
-          own(rid, v, class)
-          room = room - 1
+        if not rid or not known[rid] then
+          local v = rid and read(rid)
+          if v and v.st == 'r' and v.eid == p[1] then
+            redis.call('HINCRBY', owns, engine, -1)
+            own(rid, v, class)
+            room = room - 1
+          else
+            drop(class, p[1], engine)
+          end
         end
       end
     end
@@ -91,7 +111,8 @@ for _, other in ipairs(dead) do
     local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', room, other)
     if not pending.err then
       for _, p in ipairs(pending) do
-        orphans[class][#orphans[class] + 1] = {p[1], other}
+        local ms, n = string.match(p[1], '(%d+)-(%d+)')
+        orphans[class][#orphans[class] + 1] = {id = p[1], other = other, ms = tonumber(ms), n = tonumber(n)}
         found = found + 1
       end
     end
@@ -102,23 +123,44 @@ for _, other in ipairs(dead) do
   end
 end
 
+-- The oldest orphan of each class, with its request's id and time.
+local first = {}
+local function peek_orphan(class)
+  local o = table.remove(orphans[class], 1)
+  first[class] = o
+  if o then
+    local entry = redis.call('XRANGE', stream(class), o.id, o.id)[1]
+    o.rid = entry and entry[2][2]
+    o.t = entry and tonumber(entry[2][6]) or now
+    o.level = level_of(class, o.t)
+  end
+end
+for class = 1, 3 do
+  table.sort(orphans[class], function(a, b)
+    return a.ms < b.ms or (a.ms == b.ms and a.n < b.n)
+  end)
+  peek_orphan(class)
+end
+
 -- 3. The first undelivered entry of each class.
 local heads, last = {}, {}
-local function peek(class)
-  local start = last[class]
-  if not start then
-    local info = redis.pcall('XINFO', 'GROUPS', stream(class))
-    if info.err or #info == 0 then
-      redis.call('XGROUP', 'CREATE', stream(class), GROUP, '0', 'MKSTREAM')
-      start = '0-0'
-    else
-      for i = 1, #info[1], 2 do
-        if info[1][i] == 'last-delivered-id' then
-          start = info[1][i + 1]
-        end
-      end
+local function last_delivered(class)
+  local groups = redis.pcall('XINFO', 'GROUPS', stream(class))
+  for _, group in ipairs(groups) do
+    local field = {}
+    for i = 1, #group, 2 do
+      field[group[i]] = group[i + 1]
+    end
+    if field['name'] == GROUP then
+      return field['last-delivered-id']
     end
   end
+  redis.call('XGROUP', 'CREATE', stream(class), GROUP, '0', 'MKSTREAM')
+  return '0-0'
+end
+
+local function peek(class)
+  local start = last[class] or last_delivered(class)
   last[class] = start
   local entry = redis.call('XRANGE', stream(class), '(' .. start, '+', 'COUNT', 1)[1]
   if not entry then
@@ -127,7 +169,7 @@ local function peek(class)
   end
   local t = tonumber(entry[2][6])
   heads[class] = {id = entry[1], rid = entry[2][2], caller = entry[2][4], t = t,
-    level = math.max(1, class - math.floor((now - t) / aging))}
+    level = level_of(class, t)}
 end
 
 local waiting = 0
@@ -146,14 +188,11 @@ end
 
 -- 4. Take, best first.
 local function take_orphan(class)
-  local id, other = unpack(table.remove(orphans[class], 1))
-  local entry = redis.call('XRANGE', stream(class), id, id)[1]
-  local rid = entry and entry[2][2]
+  local id, other, rid = first[class].id, first[class].other, first[class].rid
+  peek_orphan(class)
   local v = rid and read(rid)
-  if not v then
-    redis.call('XACK', stream(class), GROUP, id)
-    redis.call('XDEL', stream(class), id)
-    disown(mv, other)
+  if not v or v.st ~= 'r' or v.eid ~= id then
+    drop(class, id, other)
     return
   end
   if v.dl <= now then
@@ -183,8 +222,8 @@ local function take_waiting(class)
   redis.call('XREADGROUP', 'GROUP', GROUP, engine, 'COUNT', 1, 'STREAMS', stream(class), '>')
   last[class] = head.id
   local v = read(head.rid)
-  if not v or v.st ~= 'w' then
-    -- Its hash is gone: nobody was left to end it at its deadline.
+  if not v or v.st ~= 'w' or v.eid ~= head.id then
+    -- Its hash expired (and may have come again): nobody was left to end it at its deadline.
     redis.call('XACK', stream(class), GROUP, head.id)
     redis.call('XDEL', stream(class), head.id)
     leave_waiting(queue, 0)
@@ -202,11 +241,14 @@ local function take_waiting(class)
   peek(class)
 end
 
-while room > 0 and out_bytes < max_bytes do
+local turns = room + SPARE_TURNS
+while room > 0 and out_bytes < max_bytes and turns > 0 do
+  turns = turns - 1
   local best, level, orphan = nil, 4, false
   for class = 1, 3 do
-    if #orphans[class] > 0 and class < level then
-      best, level, orphan = class, class, true
+    local o = first[class]
+    if o and (o.level < level or (o.level == level and o.t < first[best].t)) then
+      best, level, orphan = class, o.level, true
     end
   end
   if share > 0 then
@@ -228,6 +270,11 @@ while room > 0 and out_bytes < max_bytes do
 end
 if mine > 0 then
   redis.call('ZADD', leases, int(now), engine)
+end
+for _, other in ipairs(dead) do
+  if other ~= NOBODY and redis.call('HEXISTS', owns, other) == 0 then
+    forget_consumers(mv, other)
+  end
 end
 
 local left, best_left = 0, -1

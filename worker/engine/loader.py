@@ -1,7 +1,263 @@
-"""Models from a hub id, a folder or a GGUF file. torch and transformers are imported by the functions."""
+"""Models from a hub id, a folder or a GGUF file.
+
+torch and transformers are imported by the functions that need them: the errors here are for everybody.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.engine import ModelFiles, Progress, no_progress
+
+if TYPE_CHECKING:
+    import torch
+
+_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_WEIGHTS: Final = ("*.safetensors", "*.bin")
+_END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+"""Ends of an answer that files converted by others often fail to name as such."""
 
 
 class ModelLoadError(Exception):
     """A model cannot be loaded or would not be computed rightly; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        model: a transformers module for causal language modelling, on the CPU.
+        files: what is published of it.
+    """
+
+    model: torch.nn.Module
+    files: ModelFiles
+
+
+def load(source: str, dtype: str, data_dir: Path, progress: Progress = no_progress) -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        source: a hub id (`name` or `owner/name`, with an optional `@revision`), a folder, or a GGUF file.
+        dtype: "bfloat16", "float32", or "auto": bfloat16 where the hardware computes in it.
+        data_dir: where a GGUF file's converted model is kept, under models/.
+        progress: told how far it is.
+
+    Raises:
+        ModelLoadError: there is no such model, or it is broken.
+    """
+    folder = locate(source, data_dir, progress)
+    progress("loading weights", 0.0)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = (
+        torch.float32
+        if (dtype if dtype != "auto" else best_dtype()) == "float32"
+        else torch.bfloat16
+    )
+    with _explained(source), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, local_files_only=True, trust_remote_code=False
+        )
+        files = _files(folder, model)
+    progress("loading weights", 1.0)
+    return LoadedModel(model, files)
+
+
+def locate(source: str, data_dir: Path, progress: Progress = no_progress) -> Path:
+    """The folder with a source's config, tokenizer and weights, fetched or converted if need be.
+
+    Raises:
+        ModelLoadError: there is no such model.
+    """
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelLoadError(f"there is no file {path}")
+        folder = data_dir / "models" / f"{path.stem}-{_fingerprint(path)}"
+        if not folder.is_dir():
+            convert_gguf(path, folder, progress)
+        return folder
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(f"{path} is no model folder: it has no config.json")
+        return path
+    # Asked for a path that does not exist, transformers would try the hub for half a minute.
+    if path.is_absolute() or source.startswith(("~", ".")) or not _HUB_ID.fullmatch(source):
+        raise ModelLoadError(f"there is no model folder {path}")
+    return _download(source, progress)
+
+
+def convert_gguf(path: Path, folder: Path, progress: Progress = no_progress) -> None:
+    """Writes the model in a GGUF file as a folder with bfloat16 weights; takes some ten seconds.
+
+    The folder appears when it is complete. If another process made it meanwhile, that one stays.
+
+    Args:
+        path: the file.
+        folder: to be made; its parents are made too.
+        progress: told how far it is.
+
+    Raises:
+        ModelLoadError: the file is missing, or transformers cannot read it.
+    """
+    if not path.is_file():
+        raise ModelLoadError(f"there is no file {path}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _explained(str(path)), _quiet():
+            progress(f"converting {path.name}", 0.0)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            progress(f"converting {path.name}", 0.25)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            progress(f"converting {path.name}", 0.9)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        if not folder.is_dir():
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        progress(f"converting {path.name}", 1.0)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def best_dtype() -> str:
+    """ "bfloat16" where the hardware multiplies in it, else "float32"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
+
+
+def _download(source: str, progress: Progress) -> Path:
+    """The local copy of a hub model, as transformers itself keeps it."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    progress(f"downloading {source}", 0.0)
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    with _explained(source):
+        folder = Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]
+            )
+        )
+    progress(f"downloading {source}", 1.0)
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{source} is no model: it has no config.json")
+    return folder
+
+
+def _files(folder: Path, model: Any) -> ModelFiles:
+    from transformers import AutoTokenizer
+
+    config = model.config.get_text_config(decoder=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelLoadError(f"{folder} has no tokenizer that the `tokenizers` package can run")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    context = getattr(config, "max_position_embeddings", None)
+    if not context:
+        raise ModelLoadError(f"{folder} does not say how long its context is")
+    return ModelFiles(
+        version=_version(folder),
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        chat_template=template,
+        context_length=int(context),
+        eos_ids=_eos_ids(model, tokenizer, template),
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
+        vocab_size=int(config.vocab_size),
+    )
+
+
+def _eos_ids(model: Any, tokenizer: Any, template: str | None) -> tuple[int, ...]:
+    """Every id that ends an answer, whichever of a model's files says so."""
+    found: set[int] = set()
+    sources = [model.generation_config, model.config.get_text_config(decoder=True), tokenizer]
+    for ids in (getattr(source, "eos_token_id", None) for source in sources if source is not None):
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    found.update(added[end] for end in _END_OF_TURN if end in added and end in (template or ""))
+    return tuple(sorted(found))
+
+
+def _version(folder: Path) -> str:
+    """8 hex digits that change with the model."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    weights = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    digest.update(json.dumps([(file.name, file.stat().st_size) for file in weights]).encode())
+    return digest.hexdigest()[:8]
+
+
+def _fingerprint(path: Path) -> str:
+    """8 hex digits from the size and both ends of a file, which may be too long to read as a whole."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()[:8]
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Whatever goes wrong in the libraries is a ModelLoadError with one line of reason."""
+    try:
+        yield
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelLoadError(f"cannot load {source}: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars out of our logs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -34,9 +34,7 @@ _TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 class ReferenceBackend:
     """A transformers model that runs flat batches over a paged cache."""
 
-    def __init__(
-        self, model: torch.nn.Module, device: torch.device, size: Callable[[int], int]
-    ) -> None:
+    def __init__(self, model: Any, device: torch.device, size: Callable[[int], int]) -> None:
         """Takes the model over, allocates the cache, and checks the model's output.
 
         Args:
@@ -47,7 +45,7 @@ class ReferenceBackend:
         Raises:
             ModelLoadError: the model asks for something that would not be computed rightly.
         """
-        self._model: Any = model.to(device).eval()
+        self._model = model.to(device).eval()
         self._device = device
         self._family = str(self._model.config.model_type)
         self._dtype = self._model.dtype

@@ -74,6 +74,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
             if found == FAILED:
                 rows.cut(i)
                 wide.append(i)
+        wide.sort()
     if wide:
         for i, found in zip(wide, rows.take(wide).from_all(), strict=True):
             tokens[random[i]] = found

@@ -43,12 +43,12 @@ class Scheduler:
         Args:
             pool: of the cache.
             max_batch_size: most sequences that run at once.
-            budget: most rows of a step; at least `max_batch_size`.
+            budget: most rows of a step; more than `max_batch_size`, or a new prompt could not start.
 
         Raises:
             ValueError: a step could not hold a row of each sequence.
         """
-        if not 1 <= max_batch_size <= budget:
+        if not 1 <= max_batch_size < budget:
             raise ValueError(f"a step of {budget} rows cannot serve {max_batch_size} sequences")
         self.pool = pool
         self.max_batch_size = max_batch_size

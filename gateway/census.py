@@ -1,0 +1,164 @@
+"""How full the queues are and which workers live: read once a second for status and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shared import keys, messages
+from shared.errors import DecodeError
+from shared.store import ENGINE_TTL_MS, Store, unavailable
+
+_RATE_WINDOW_S = 30.0
+
+_Row = tuple[list[list[bytes | None]], list[tuple[bytes, float]], dict[bytes, bytes]]
+"""Replies for a version: counts of each class, engines with their heartbeats, cards."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueCount:
+    """One queue's counters, as the scripts keep them; `oldest_s` is the age of its first entry."""
+
+    waiting: int = 0
+    running: int = 0
+    waiting_bytes: int = 0
+    head: int = 0
+    oldest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCount:
+    """What is known of one model version."""
+
+    queues: dict[str, QueueCount] = field(default_factory=dict)
+    engines: list[messages.EngineCard] = field(default_factory=list)
+
+    @property
+    def kv_usage(self) -> float:
+        """Mean share of the engines' caches that is in use."""
+        if not self.engines:
+            return 0.0
+        return sum(engine.kv_usage for engine in self.engines) / len(self.engines)
+
+
+class Census:
+    """The latest counts, and how fast each queue has moved of late."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._versions: dict[str, VersionCount] = {}
+        self._heads: dict[tuple[str, str], deque[tuple[float, int]]] = {}
+
+    def of(self, mv: str) -> VersionCount:
+        """The latest counts of a model version."""
+        return self._versions.get(mv, _UNKNOWN)
+
+    def eta_s(self, mv: str, cls: str, position: int) -> float | None:
+        """When a waiting request will be taken, if its queue goes on as of late."""
+        heads = self._heads.get((mv, cls))
+        if not heads or heads[-1][1] <= heads[0][1]:
+            return None
+        taken_per_s = (heads[-1][1] - heads[0][1]) / (heads[-1][0] - heads[0][0])
+        return position / taken_per_s
+
+    async def refresh(self, mvs: Sequence[str]) -> None:
+        """Reads the counts of these versions, in one round trip and a second for the oldest.
+
+        Raises:
+            StoreUnavailable: what is known stays as it is.
+        """
+        rows, now_s = await self._read(mvs)
+        oldest = await self._oldest(
+            [
+                (mv, cls)
+                for mv, (counts, _, _) in zip(mvs, rows, strict=True)
+                for cls, count in zip(keys.CLASSES, counts, strict=True)
+                if _number(count[0]) > 0
+            ],
+            now_s,
+        )
+        self._versions = {}
+        self._heads = {queue: heads for queue, heads in self._heads.items() if queue[0] in mvs}
+        for mv, (counts, scores, cards) in zip(mvs, rows, strict=True):
+            queues = {
+                cls: _read_count(count, oldest.get((mv, cls), 0.0))
+                for cls, count in zip(keys.CLASSES, counts, strict=True)
+            }
+            live = [name for name, score in scores if score > now_s * 1000 - ENGINE_TTL_MS]
+            self._versions[mv] = VersionCount(queues, _read_cards(live, cards))
+            self._note_heads(mv, queues)
+
+    async def _read(self, mvs: Sequence[str]) -> tuple[list[_Row], float]:
+        async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for mv in mvs:
+                for cls in keys.CLASSES:
+                    pipe.hmget(keys.count(mv, cls), ["waiting", "running", "bytes", "head"])
+                pipe.zrange(keys.engines(mv), 0, -1, withscores=True)
+                pipe.hgetall(keys.cards(mv))
+            replies = await pipe.execute()
+        seconds, micros = replies[0]
+        step = len(keys.CLASSES) + 2
+        rows = [
+            (replies[i : i + step - 2], replies[i + step - 2], replies[i + step - 1])
+            for i in range(1, len(replies), step)
+        ]
+        return rows, int(seconds) + int(micros) / 1e6
+
+    async def _oldest(
+        self, queues: list[tuple[str, str]], now_s: float
+    ) -> dict[tuple[str, str], float]:
+        """Age of the first undelivered entry of each queue."""
+        if not queues:
+            return {}
+        client = self._store.client
+        async with unavailable():
+            async with client.pipeline(transaction=False) as pipe:
+                for mv, cls in queues:
+                    pipe.xinfo_groups(keys.queue(mv, cls))
+                groups = await pipe.execute(raise_on_error=False)
+            async with client.pipeline(transaction=False) as pipe:
+                for (mv, cls), group in zip(queues, groups, strict=True):
+                    # Before the first take there is no group, and all entries are undelivered.
+                    known = isinstance(group, list) and group
+                    after = group[0]["last-delivered-id"].decode() if known else "0-0"
+                    pipe.xrange(keys.queue(mv, cls), min=f"({after}", count=1)
+                entries = await pipe.execute(raise_on_error=False)
+        ages = {}
+        for queue, found in zip(queues, entries, strict=True):
+            if isinstance(found, list) and found:
+                ages[queue] = max(0.0, now_s - int(found[0][1][b"t"]) / 1000)
+        return ages
+
+    def _note_heads(self, mv: str, queues: dict[str, QueueCount]) -> None:
+        now = asyncio.get_running_loop().time()
+        for cls, count in queues.items():
+            heads = self._heads.setdefault((mv, cls), deque())
+            heads.append((now, count.head))
+            while now - heads[0][0] > _RATE_WINDOW_S:
+                heads.popleft()
+
+
+_UNKNOWN = VersionCount()
+
+
+def _number(value: bytes | None) -> int:
+    return int(value or 0)
+
+
+def _read_count(values: list[bytes | None], oldest_s: float) -> QueueCount:
+    waiting, running, waiting_bytes, head = (max(0, _number(value)) for value in values)
+    return QueueCount(waiting, running, waiting_bytes, head, oldest_s)
+
+
+def _read_cards(live: Sequence[bytes], cards: dict[bytes, bytes]) -> list[messages.EngineCard]:
+    found = []
+    for name in live:
+        try:
+            found.append(messages.decode(cards[name], messages.EngineCard))
+        except (KeyError, DecodeError):
+            # A worker of a newer release; it is still alive, but nothing is known of it here.
+            continue
+    return found

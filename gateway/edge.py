@@ -1,0 +1,134 @@
+"""Everything a request handler works with, in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from aiohttp import web
+
+from gateway.callers import Callers
+from gateway.census import Census
+from gateway.flows import Flows
+from gateway.hub import Hub
+from gateway.metrics import Metrics
+from gateway.models import Models
+from shared.errors import StoreUnavailable
+from shared.settings import Settings
+from shared.store import Store
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""How often models, counts and deadlines are looked at."""
+MOST_EXPIRED = 256
+"""Ended by one call, so that Redis is not held up."""
+WITHDRAW_TRIES = 4
+
+
+class Edge:
+    """One gateway's parts and its state.
+
+    Attributes:
+        draining: it takes no requests any more.
+        connections: how many client connections are open; set by the server.
+    """
+
+    def __init__(self, settings: Settings, store: Store, hub: Hub) -> None:
+        self.settings = settings
+        self.store = store
+        self.hub = hub
+        self.models = Models(store)
+        self.census = Census(store)
+        self.callers = Callers(settings.trusted_proxies)
+        self.flows = Flows(store, hub, settings)
+        self.metrics = Metrics(self.models, self.census, hub)
+        self.draining = False
+        self.connections: Callable[[], int] = lambda: 0
+        self._store_answers = False
+        self._loops: list[asyncio.Task[None]] = []
+        self._errands: set[asyncio.Task[None]] = set()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether Redis can be reached, for commands and for messages."""
+        return self._store_answers and self.hub.healthy
+
+    async def start(self) -> None:
+        """Starts what runs beside the requests; does not wait for Redis."""
+        await self.hub.start()
+        self._loops = [
+            asyncio.create_task(self._look_around(), name="look around"),
+            asyncio.create_task(self._expire(), name="deadlines"),
+            asyncio.create_task(self.flows.watch(), name="watch streams"),
+        ]
+
+    async def close(self) -> None:
+        """Stops all that `start` started, and waits for errands on the way."""
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        if self._errands:
+            await asyncio.wait(self._errands, timeout=2.0)
+        for task in self._errands:
+            task.cancel()
+        await asyncio.gather(*self._errands, return_exceptions=True)
+        await self.hub.close()
+        await self.store.close()
+
+    def send(self, errand: Coroutine[Any, Any, None]) -> None:
+        """Runs something that the request at hand does not wait for."""
+        task = asyncio.create_task(errand)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    async def withdraw(self, rid: str, caller: str) -> None:
+        """Cancels a request that nobody waits for, in spite of a short outage.
+
+        Where it fails, the request ends by its deadline, or because nobody listens.
+        """
+        for _ in range(WITHDRAW_TRIES):
+            with contextlib.suppress(StoreUnavailable):
+                await self.store.cancel(rid, caller)
+                return
+            await asyncio.sleep(0.5)
+
+    async def _look_around(self) -> None:
+        while True:
+            try:
+                await self.models.refresh()
+                await self.census.refresh([model.mv for model in self.models.served()])
+                self._note(True)
+            except StoreUnavailable as error:
+                self._note(False, error)
+            except Exception:
+                log.exception("reading models and counts failed")
+            # While Redis is away its return is looked for more often.
+            await asyncio.sleep(LOOK_S if self._store_answers else LOOK_S / 5)
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                while len(await self.store.expire(MOST_EXPIRED)) == MOST_EXPIRED:
+                    pass
+            except StoreUnavailable:
+                # _look_around has logged it.
+                continue
+            except Exception:
+                log.exception("ending requests at their deadlines failed")
+
+    def _note(self, answers: bool, error: StoreUnavailable | None = None) -> None:
+        if answers != self._store_answers:
+            self._store_answers = answers
+            if error is None:
+                log.info("redis answers")
+            else:
+                log.warning("redis is away", extra={"error": error.reason})
+
+
+EDGE: web.AppKey[Edge] = web.AppKey("edge", Edge)
+"""Where an application keeps it."""

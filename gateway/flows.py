@@ -1,0 +1,184 @@
+"""The open streams of this gateway, and the one task that watches over all of them.
+
+A timer for each token would cost more than the token. Here a token only writes down times; the
+watch looks at them a few times a second and steps in where a stream is silent, slow or idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+
+from aiohttp import web
+
+from gateway.hub import Hub, Subscription
+from gateway.sse import KEEP_ALIVE
+from shared import keys
+from shared.errors import StoreUnavailable
+from shared.settings import Settings
+from shared.store import Store, unavailable
+
+log = logging.getLogger(__name__)
+
+HANDOVER = "handover"
+"""Verdict on a resumable stream when the gateway drains: its client goes on elsewhere."""
+
+
+class Flow:
+    """One client that waits for one request's tokens, streaming or not.
+
+    Attributes:
+        kept: the request outlives this connection.
+        response: where events go; None before it opened, and for a reply in one piece.
+        heard_at: time of the last entry. wrote_at: of the last bytes sent.
+        progress: rows the engine had computed when the stream was last found silent.
+        blocked_at: since when a write waits for the client; 0: none does.
+        behind_at: since when more entries wait for the client than may; 0: not so.
+        verdict: why the flow was stopped from outside: a reason of StreamFailed, or HANDOVER.
+    """
+
+    def __init__(
+        self, rid: str, caller: str, subscription: Subscription, *, kept: bool, now: float
+    ) -> None:
+        self.rid = rid
+        self.caller = caller
+        self.subscription = subscription
+        self.kept = kept
+        self.response: web.StreamResponse | None = None
+        self.heard_at = now
+        self.wrote_at = now
+        self.blocked_at = 0.0
+        self.behind_at = 0.0
+        self.progress: bytes | None = None
+        self.verdict = ""
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._over = False
+
+    def stop(self, verdict: str) -> None:
+        """Interrupts the task that runs this flow; it finds the verdict and ends by it."""
+        if not self._over and not self.verdict:
+            self.verdict = verdict
+            self._task.cancel()
+
+    def interrupted(self) -> bool:
+        """Whether the cancellation just caught was `stop`; it is then taken back."""
+        if not self.verdict:
+            return False
+        self._task.uncancel()
+        return True
+
+    def over(self) -> None:
+        """From now on nothing interrupts the task."""
+        self._over = True
+
+    async def keep_alive(self, now: float) -> None:
+        """Sends a comment, unless something is being written."""
+        response = self.response
+        if response is None or self.blocked_at or self._over:
+            return
+        self.wrote_at = now
+        await response.write(KEEP_ALIVE)
+
+
+class Flows:
+    """All open flows."""
+
+    def __init__(self, store: Store, hub: Hub, settings: Settings) -> None:
+        self._store = store
+        self._hub = hub
+        self._settings = settings
+        self._flows: set[Flow] = set()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def __iter__(self) -> Iterator[Flow]:
+        return iter(list(self._flows))
+
+    def open(self, rid: str, caller: str, subscription: Subscription, *, kept: bool) -> Flow:
+        """A new flow, run by the current task."""
+        now = asyncio.get_running_loop().time()
+        flow = Flow(rid, caller, subscription, kept=kept, now=now)
+        self._flows.add(flow)
+        return flow
+
+    def close(self, flow: Flow) -> None:
+        """The flow has ended. Idempotent."""
+        flow.over()
+        flow.subscription.close()
+        self._flows.discard(flow)
+        self._changed.set()
+
+    async def empty(self, timeout_s: float) -> bool:
+        """Waits until there is no flow left; False if the time ran out before."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._flows:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def watch(self) -> None:
+        """Looks after all flows, for ever."""
+        s = self._settings
+        shortest = min(s.keep_alive_s, s.slow_client_s, s.stream_idle_s)
+        while True:
+            await asyncio.sleep(min(1.0, max(0.02, shortest / 4)))
+            try:
+                await self._look()
+            except Exception:
+                # Whatever one stream's connection came up with, the others need their watch.
+                log.exception("watching the streams failed")
+
+    async def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        silent = []
+        for flow in self:
+            if self._is_slow(flow, now):
+                flow.stop("slow_client")
+                continue
+            if now - flow.wrote_at >= self._settings.keep_alive_s:
+                try:
+                    await flow.keep_alive(now)
+                except ConnectionError:
+                    # aiohttp cancels the flow's own task for it.
+                    continue
+            # Looked at from half of the time on, so that progress without tokens is seen.
+            if now - flow.heard_at >= self._settings.stream_idle_s / 2:
+                silent.append(flow)
+        if silent:
+            await self._end_idle(silent, now)
+
+    def _is_slow(self, flow: Flow, now: float) -> bool:
+        limit_s = self._settings.slow_client_s
+        if flow.blocked_at and now - flow.blocked_at >= limit_s:
+            return True
+        # A client may read just fast enough to get every single write through.
+        lagging = flow.subscription.lagging
+        if lagging > self._settings.slow_client_events:
+            flow.behind_at = flow.behind_at or now
+        elif not lagging and not flow.blocked_at:
+            flow.behind_at = 0.0
+        return bool(flow.behind_at) and now - flow.behind_at >= limit_s
+
+    async def _end_idle(self, flows: list[Flow], now: float) -> None:
+        """Stops flows whose worker is silent; in the queue there is nothing to be heard."""
+        try:
+            async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
+                for flow in flows:
+                    pipe.hmget(keys.request(flow.rid), ["st", "pr"])
+                rows = await pipe.execute()
+        except StoreUnavailable:
+            return
+        for flow, (state, progress) in zip(flows, rows, strict=True):
+            if state != b"r" or progress != (flow.progress or progress):
+                flow.heard_at = now
+            elif now - flow.heard_at >= self._settings.stream_idle_s:
+                flow.stop("stream_idle")
+            flow.progress = progress

@@ -1,0 +1,207 @@
+"""Bodies of requests: read within bounds, decoded strictly, turned into an Order."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from shared.errors import InvalidRequest
+
+BODY_READ_S = 30.0
+"""Longest time a client may take to send its body."""
+MAX_INT = 2**31 - 1
+MAX_SEED = 2**63 - 1
+MAX_STOPS = 4
+PRIORITIES = ("high", "normal", "low")
+
+Count = Annotated[int, Meta(ge=1, le=MAX_INT)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=MAX_INT, description="0 or -1: all tokens")]
+Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
+Seconds = Annotated[float, Meta(gt=0)]
+ClientId = Annotated[str, Meta(min_length=1, max_length=128)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a client wants generated, whichever endpoint it used.
+
+    Attributes:
+        api: the format of the answer: infer, infer_stream, chat, completions.
+        prompt: text or token ids; or None and `chat` is a conversation.
+        max_tokens: None: the default. max_tokens_param: what the client called it.
+        seed: None: any. cls: the priority class. timeout_s: None: the longest.
+    """
+
+    api: str
+    model: str
+    prompt: str | list[int] | None = None
+    chat: list[dict[str, str]] = field(default_factory=list)
+    max_tokens: int | None = None
+    max_tokens_param: str = "max_tokens"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    ignore_eos: bool = False
+    cls: str = "normal"
+    timeout_s: float | None = None
+    stream: bool = False
+    include_usage: bool = False
+    client_id: str | None = None
+
+
+class InferRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of /infer and /infer_stream. A field that is null counts as left out."""
+
+    model: ModelName
+    prompt: str
+    max_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    priority: str | None = None
+    client_id: ClientId | None = None
+    timeout_s: Seconds | None = None
+    stream: bool | None = None
+
+    def order(self, *, stream: bool) -> Order:
+        """The order; `stream` is what the endpoint does by itself.
+
+        Raises:
+            InvalidRequest: a field has a value that its type does not rule out.
+        """
+        if stream and self.stream is False:
+            raise InvalidRequest("/infer_stream always streams; use /infer", "stream")
+        stream = stream or bool(self.stream)
+        return Order(
+            api="infer_stream" if stream else "infer",
+            model=self.model,
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            cls=priority_class(self.priority),
+            timeout_s=self.timeout_s,
+            stream=stream,
+            client_id=self.client_id,
+            stop=stop_list(self.stop),
+            seed=self.seed,
+            top_k=max(0, self.top_k or 0),
+            **given(temperature=self.temperature, top_p=self.top_p),
+        )
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None, so that the others keep their defaults."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def stop_list(stop: str | list[str] | None) -> list[str]:
+    """The stop strings as a list."""
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop
+
+
+def priority_class(name: str | None) -> str:
+    """The class of a priority in any case.
+
+    Raises:
+        InvalidRequest: there is no such class.
+    """
+    cls = "normal" if name is None else name.lower()
+    if cls not in PRIORITIES:
+        raise InvalidRequest(f"priority must be high, normal or low, not {name!r}", "priority")
+    return cls
+
+
+async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+    """The body as the decoder's type.
+
+    Raises:
+        InvalidRequest: it is no JSON, too large, too slow, or does not fit the type.
+    """
+    _check_content_type(request)
+    try:
+        async with asyncio.timeout(BODY_READ_S):
+            body = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise InvalidRequest(
+            f"The body is larger than {request.client_max_size} bytes", None, "body_too_large"
+        ) from None
+    except TimeoutError:
+        raise InvalidRequest(
+            f"The body did not arrive within {BODY_READ_S:.0f} s", None, "request_timeout"
+        ) from None
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(f"The body cannot be read: {error}", None, "invalid_body") from None
+    return decode(body, decoder)
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The decoded body.
+
+    Raises:
+        InvalidRequest: naming the field at fault.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _named(str(error)) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}", None, "invalid_json") from None
+
+
+def _check_content_type(request: web.Request) -> None:
+    if "Content-Type" not in request.headers:
+        return
+    kind = request.content_type
+    if kind != "application/json" and not (kind.startswith("application/") and "+json" in kind):
+        raise InvalidRequest(
+            f"Content-Type must be application/json, not {kind}",
+            "Content-Type",
+            "unsupported_media_type",
+        )
+    if (charset := request.charset) and charset.lower().replace("-", "") != "utf8":
+        raise InvalidRequest(
+            f"the charset must be utf-8, not {charset}", "Content-Type", "unsupported_media_type"
+        )
+
+
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_FIELD = re.compile(r"^Object (?P<kind>contains unknown|missing required) field `(?P<name>.*)`$")
+
+
+def _named(problem: str) -> InvalidRequest:
+    """The sentence of msgspec, with its path turned into the name of the parameter."""
+    found = _AT.match(problem)
+    what = found["what"] if found else problem
+    path = (found["path"] or "$") if found else "$"
+    # A key that is not the name of a field appears as [...].
+    path = path.removeprefix("$").removeprefix(".")
+    code = "invalid_value"
+    if field_found := _FIELD.match(what):
+        name = field_found["name"]
+        path = f"{path}.{name}" if path else name
+        unknown = field_found["kind"] == "contains unknown"
+        code = "unknown_parameter" if unknown else "missing_required_parameter"
+        what = f"Unknown parameter: {path!r}" if unknown else f"Missing parameter: {path!r}"
+    elif what.startswith("Expected") and "got" in what:
+        code = "invalid_type"
+    if path and path not in what:
+        what = f"Invalid {path!r}: {what}"
+    return InvalidRequest(what, path or None, code)

@@ -1,0 +1,106 @@
+"""GET and DELETE /requests/{id}, and its stream from any token on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from gateway.edge import EDGE, Edge
+from gateway.errors import RequestGone, RequestNotFound
+from gateway.headers import read_last_event_id
+from gateway.middleware import TRAIL, json_response
+from gateway.records import Record, read_record
+from gateway.relay import Listening, Relay
+from shared import keys
+from shared.errors import InvalidRequest
+from shared.store import unavailable
+
+
+def install(app: web.Application) -> None:
+    """Adds the routes."""
+    app.router.add_get("/requests/{id}", show, allow_head=False)
+    app.router.add_delete("/requests/{id}", cancel)
+    app.router.add_get("/requests/{id}/stream", resume, allow_head=False)
+    app.router.add_get("/infer_stream/{id}", resume, allow_head=False)
+
+
+async def show(request: web.Request) -> web.StreamResponse:
+    """State, place in the queue, expected wait."""
+    edge = request.app[EDGE]
+    record, _ = await _find(request)
+    return json_response(await _describe(edge, record))
+
+
+async def cancel(request: web.Request) -> web.StreamResponse:
+    """Ends the request; one that had ended before stays as it is."""
+    edge = request.app[EDGE]
+    record, caller = await _find(request)
+    if await edge.store.cancel(record.rid, caller) == "unknown":
+        raise RequestNotFound(record.rid)
+    return json_response(await _describe(edge, await read_record(edge.store, record.rid, caller)))
+
+
+async def resume(request: web.Request) -> web.StreamResponse:
+    """The stream from behind Last-Event-ID on, in the format the request was made in."""
+    edge, trail = request.app[EDGE], request[TRAIL]
+    after = read_last_event_id(request)
+    record, caller = await _find(request)
+    if record.ended and not record.log_exists:
+        raise RequestGone("The tokens of this request are not kept any more")
+    if after is not None and after > record.seq:
+        raise InvalidRequest(
+            f"Last-Event-ID {after} is beyond this stream, which has {record.seq} tokens so far",
+            "Last-Event-ID",
+        )
+    subscription = await edge.hub.subscribe(record.rid, after or 0, replay=True)
+    edge.metrics.resumes += 1
+    # Whoever posted it decides whether it goes on: a second reader's leaving changes nothing.
+    listening = Listening(record.subject, caller, subscription, True, after, trail.started, None)
+    relay = Relay(edge, listening)
+    trail.facts.update(rid=record.rid, model=record.view.model, after=after or 0)
+    try:
+        return await relay.stream(request, {})
+    finally:
+        trail.facts.update(tokens=subscription.last, reason=relay.reason)
+
+
+async def _find(request: web.Request) -> tuple[Record, str]:
+    edge = request.app[EDGE]
+    caller = edge.callers.caller(request)
+    return await read_record(edge.store, request.match_info["id"], caller), caller
+
+
+async def _describe(edge: Edge, record: Record) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "request_id": record.rid,
+        "status": record.state,
+        "model": record.view.model,
+        "version": record.view.version,
+        "priority": record.cls,
+        "created": record.view.created,
+        "deadline": record.deadline_ms / 1000,
+        "resumable": record.view.resumable,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.seq,
+        "finish_reason": record.reason or None,
+        "position": None,
+        "eta_s": None,
+    }
+    if record.state == "queued":
+        client: Any = edge.store.client
+        async with unavailable():
+            head = await client.hget(keys.count(record.mv, record.cls), "head")
+        # Between callers it goes round, so a number is an estimate of the place.
+        position = max(1, record.ticket - int(head or 0))
+        eta_s = edge.census.eta_s(record.mv, record.cls, position)
+        found["position"] = position
+        found["eta_s"] = None if eta_s is None else round(eta_s, 3)
+    times = record.times
+    if "t1" in times:
+        found["queue_ms"] = times["t1"] - times["t0"]
+    if "t2" in times:
+        found["ttft_ms"] = times["t2"] - times["t0"]
+    if "t3" in times:
+        found["total_ms"] = times["t3"] - times["t0"]
+    return found

@@ -1,0 +1,329 @@
+"""The one way into the queue: an Order becomes an accepted request with a subscription."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from dataclasses import dataclass
+
+from gateway.edge import Edge
+from gateway.errors import IdempotencyConflict, ModelNotReady, QueueFull, RateLimited
+from gateway.formats import Subject
+from gateway.headers import Terms
+from gateway.hub import Subscription
+from gateway.limits import limit_headers
+from gateway.models import ServedModel
+from gateway.requests import Order
+from shared import keys, messages
+from shared.errors import InvalidRequest, StoreUnavailable
+from shared.store import Enqueued, unavailable
+
+ADMISSION_S = 0.9
+"""All of Redis' part together: an outage is answered within a second."""
+PLAIN_GRACE_MS = 5000
+"""A plain request outlives this gateway's connection to Redis by this, for a reconnect."""
+KEY_GRACE_S = 30.0
+"""A request with an Idempotency-Key waits this long for its client to come again."""
+THREAD_FROM = 2048
+"""Longer texts than this are tokenized in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An accepted request.
+
+    Attributes:
+        subject: what the answer is about. subscription: its tokens. cls: its priority.
+        kept: it outlives its connection. attached: it had been accepted before.
+        headers: rate-limit headers for the response.
+    """
+
+    subject: Subject
+    caller: str
+    cls: str
+    subscription: Subscription
+    kept: bool
+    attached: bool
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who orders.
+
+    Attributes:
+        rid: the request id, unless an Idempotency-Key gives one.
+        label: the client's own name for it, or "".
+    """
+
+    caller: str
+    rid: str
+    label: str
+    terms: Terms
+
+
+async def submit(edge: Edge, order: Order, sender: Sender) -> Ticket:
+    """Queues what a client ordered.
+
+    Raises:
+        RtsError: it was refused, and nothing was charged or queued.
+    """
+    _check(edge, order, sender.terms)
+    for _ in range(2):
+        model = await edge.models.resolve(order.model)
+        prompt = await _token_ids(model, order)
+        max_tokens = _room(edge, model, order, len(prompt))
+        rid = await _request_id(edge, sender)
+        request = _request(model, order, sender, rid, prompt, max_tokens)
+        ticket = await _Admission(edge, order, sender, request).run()
+        if ticket is not None:
+            return ticket
+        # The version was closed a moment ago: another one has taken its place.
+        await edge.models.refresh()
+    raise ModelNotReady(f"No version of the model {order.model!r} takes requests")
+
+
+class _Admission:
+    """One request's way through limits and queue, undone where it ends early."""
+
+    def __init__(self, edge: Edge, order: Order, sender: Sender, request: messages.Request) -> None:
+        self._edge = edge
+        self._order = order
+        self._sender = sender
+        self._request = request
+        self._tokens = len(request.prompt) + request.sampling.max_tokens
+        self._charged = False
+        self._sent = False
+        terms = sender.terms
+        self._kept = terms.grace_s is not None or terms.idempotency_key is not None
+
+    async def run(self) -> Ticket | None:
+        """The ticket, or None when the version is closed."""
+        edge, rid, caller = self._edge, self._request.rid, self._request.caller
+        if not edge.healthy:
+            raise StoreUnavailable("no connection")
+        subscription: Subscription | None = None
+        try:
+            async with asyncio.timeout(ADMISSION_S):
+                subscription = await edge.hub.subscribe(rid)
+                headers = await self._charge()
+                answer = await self._enqueue()
+                if answer.outcome == "attached":
+                    subscription.close()
+                    subscription = await edge.hub.subscribe(rid, replay=True)
+        except BaseException as error:
+            if subscription is not None:
+                subscription.close()
+            edge.send(self._undo())
+            if isinstance(error, TimeoutError):
+                raise StoreUnavailable("no answer in time") from error
+            raise
+        if answer.outcome != "accepted":
+            edge.send(self._refund())
+        if answer.outcome in ("accepted", "attached"):
+            return Ticket(
+                Subject(rid, self._request.view(resumable=self._kept), len(self._request.prompt)),
+                caller,
+                self._order.cls,
+                subscription,
+                self._kept,
+                answer.outcome == "attached",
+                headers,
+            )
+        subscription.close()
+        if answer.outcome == "conflict":
+            raise IdempotencyConflict("This Idempotency-Key was used for a different request")
+        if answer.outcome == "full":
+            raise QueueFull(
+                f"{answer.waiting} requests are waiting for {self._order.model!r}; try again later"
+            )
+        return None
+
+    async def _charge(self) -> dict[str, str]:
+        edge, s = self._edge, self._edge.settings
+        if not (s.requests_per_minute or s.tokens_per_minute):
+            return {}
+        limited = await edge.store.limit(
+            self._request.caller, s.requests_per_minute, s.tokens_per_minute, self._tokens
+        )
+        headers = limit_headers(s, limited)
+        if not limited.refused:
+            self._charged = True
+            return headers
+        edge.metrics.count_limited(self._request.model, self._order.cls)
+        if limited.refused == "size":
+            raise InvalidRequest(
+                f"The prompt and max_tokens are {self._tokens} tokens together; "
+                f"the limit is {s.tokens_per_minute} a minute",
+                self._order.max_tokens_param,
+                "request_too_large",
+            )
+        raise RateLimited(limited.refused, limited.retry_ms, headers)
+
+    async def _enqueue(self) -> Enqueued:
+        self._sent = True
+        try:
+            return await self._enqueue_once()
+        except StoreUnavailable:
+            # It may or may not be queued; the same id again is harmless.
+            return await self._enqueue_once()
+
+    async def _enqueue_once(self) -> Enqueued:
+        s, terms = self._edge.settings, self._sender.terms
+        if terms.grace_s is not None:
+            grace_ms = int(terms.grace_s * 1000)
+        else:
+            grace_ms = int(KEY_GRACE_S * 1000) if self._kept else PLAIN_GRACE_MS
+        timeout_s = self._order.timeout_s or terms.timeout_s or s.timeout_s
+        answer = await self._edge.store.enqueue(
+            self._request,
+            cls=self._order.cls,
+            timeout_ms=max(1, int(timeout_s * 1000)),
+            grace_ms=grace_ms,
+            keep_ms=int((s.resumable_retention_s if self._kept else s.retention_s) * 1000),
+            charged=self._tokens if self._charged else 0,
+            queue_limit=s.queue_limit,
+            queue_bytes=s.queue_bytes,
+            resumable=self._kept,
+        )
+        if answer.outcome == "attached" and self._sender.terms.idempotency_key is None:
+            # Random ids do not repeat: this is our own first attempt, whose answer was lost.
+            return Enqueued("accepted")
+        return answer
+
+    async def _undo(self) -> None:
+        """After a failure in the middle: the request may or may not be in the queue."""
+        queued = False
+        if self._sent and self._sender.terms.idempotency_key is None:
+            try:
+                outcome = await self._edge.store.cancel(self._request.rid, self._request.caller)
+                queued = outcome != "unknown"
+            except StoreUnavailable:
+                await self._edge.withdraw(self._request.rid, self._request.caller)
+                return
+        if not queued:
+            # What was queued is settled by its end.
+            await self._refund()
+
+    async def _refund(self) -> None:
+        if not self._charged:
+            return
+        # Not under the request's own id: that one settles what the request itself did not use.
+        attempt = f"{self._request.rid}:{secrets.token_hex(8)}"
+        try:
+            await self._edge.store.settle(self._request.caller, attempt, 1, self._tokens)
+        except StoreUnavailable:
+            # The bucket refills by itself within a minute.
+            return
+
+
+def _check(edge: Edge, order: Order, terms: Terms) -> None:
+    if order.timeout_s is not None and order.timeout_s > edge.settings.timeout_s:
+        raise InvalidRequest(
+            f"timeout_s must be at most {edge.settings.timeout_s:g}, not {order.timeout_s:g}",
+            "timeout_s",
+        )
+    if terms.grace_s is not None and not order.stream:
+        raise InvalidRequest("X-Resumable is for streams", "X-Resumable")
+
+
+async def _token_ids(model: ServedModel, order: Order) -> list[int]:
+    tokenizer = model.tokenizer
+    if isinstance(order.prompt, list):
+        for i, token in enumerate(order.prompt):
+            if token >= model.vocab_size:
+                raise InvalidRequest(
+                    f"{token} is no token id of this model: it has {model.vocab_size}",
+                    f"prompt[{i}]",
+                )
+        ids = order.prompt
+    elif order.prompt is not None:
+        if len(order.prompt) < THREAD_FROM:
+            ids = tokenizer.encode(order.prompt)
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode, order.prompt)
+    else:
+        if not tokenizer.has_template:
+            raise InvalidRequest(
+                f"The model {model.name!r} has no chat template; use /v1/completions",
+                "messages",
+                "no_chat_template",
+            )
+        if sum(len(message["content"]) for message in order.chat) < THREAD_FROM:
+            ids = tokenizer.encode_chat(order.chat)
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode_chat, order.chat)
+    if not ids:
+        raise InvalidRequest("The prompt is empty", "prompt", "empty_prompt")
+    return ids
+
+
+def _room(edge: Edge, model: ServedModel, order: Order, prompt: int) -> int:
+    """max_tokens, checked against the context."""
+    context = model.context_length
+    param = "prompt" if order.prompt is not None else "messages"
+    if prompt >= context:
+        raise InvalidRequest(
+            f"This model's maximum context length is {context} tokens, of which at least one is "
+            f"for the output. However, your {param} resulted in {prompt} tokens. "
+            f"Please reduce the length of the {param}.",
+            param,
+            "context_length_exceeded",
+        )
+    if order.max_tokens is None:
+        return min(edge.settings.default_max_tokens, context - prompt)
+    if prompt + order.max_tokens > context:
+        raise InvalidRequest(
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{prompt + order.max_tokens} tokens ({prompt} in the {param}, {order.max_tokens} "
+            f"in the output). Please reduce the length of the {param} or {order.max_tokens_param}.",
+            order.max_tokens_param,
+            "context_length_exceeded",
+        )
+    return order.max_tokens
+
+
+async def _request_id(edge: Edge, sender: Sender) -> str:
+    key = sender.terms.idempotency_key
+    if key is None:
+        return sender.rid
+    fresh = secrets.token_bytes(32)
+    async with unavailable():
+        # The first to ask sets it; everyone gets the same one.
+        known = await edge.store.client.set(keys.SECRET, fresh, nx=True, get=True)
+    secret = known if isinstance(known, bytes) else fresh
+    text = f"{len(sender.caller)}:{sender.caller}{key}"
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def _request(
+    model: ServedModel, order: Order, sender: Sender, rid: str, prompt: list[int], max_tokens: int
+) -> messages.Request:
+    sampling = messages.Sampling(
+        max_tokens=max_tokens,
+        temperature=order.temperature,
+        top_p=order.top_p,
+        top_k=order.top_k,
+        # From the id, so that a repeated Idempotency-Key means the same work.
+        seed=int(rid[:16], 16) >> 1 if order.seed is None else order.seed,
+        stop=order.stop,
+        ignore_eos=order.ignore_eos,
+    )
+    return messages.Request(
+        messages.VERSION,
+        rid,
+        model.name,
+        model.version,
+        sender.caller,
+        prompt,
+        sampling,
+        order.api,
+        order.stream,
+        sender.label,
+        sender.terms.traceparent,
+        int(time.time()),
+        order.include_usage,
+    )

@@ -1,0 +1,224 @@
+"""The hub over a real server: whatever is dropped or repeated, readers get each token once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+import gateway.hub
+from gateway.hub import Hub, Subscription
+from shared import keys, messages
+from shared.errors import LogExpired, StoreUnavailable
+from shared.messages import Entry, Token, Tokens
+from shared.store import Store, connect
+
+RID = "r1"
+
+
+@pytest.fixture
+async def hub(server: Any, store: Store) -> AsyncIterator[Hub]:
+    it = Hub(server.url, store, backlog=8)
+    await it.start()
+    await until(lambda: it.healthy)
+    yield it
+    await it.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def blob(first: int, count: int = 1) -> bytes:
+    return messages.encode(
+        Tokens(1, first, [Token(0, n, str(n)) for n in range(first, first + count)])
+    )
+
+
+async def write(
+    store: Store, first: int, count: int = 1, *, log: bool = True, live: bool = True
+) -> None:
+    """What emit does for one sequence, with a way to lose either half."""
+    entry_id = f"{first + count - 1}-0"
+    await store.client.hset(keys.request(RID), mapping={"st": "r", "seq": first + count - 1})
+    if log:
+        await store.client.xadd(keys.log(RID), {"d": blob(first, count)}, id=entry_id)
+    if live:
+        await store.client.publish(keys.log(RID), entry_id.encode() + b" " + blob(first, count))
+
+
+async def end(store: Store, seq: int, *, live: bool = True) -> None:
+    data = messages.encode(messages.End(1, "stop"))
+    await store.client.hset(keys.request(RID), mapping={"st": "e", "seq": seq})
+    await store.client.xadd(keys.log(RID), {"d": data}, id=f"{seq}-1")
+    if live:
+        await store.client.publish(keys.log(RID), f"{seq}-1 ".encode() + data)
+
+
+async def read_all(reader: Subscription) -> tuple[list[int], str]:
+    numbers: list[int] = []
+    async with asyncio.timeout(8):
+        while True:
+            entry: Entry = await reader.next()
+            if isinstance(entry.event, messages.End):
+                reader.close()
+                return numbers, entry.event.reason
+            assert entry.event.first == (numbers[-1] + 1 if numbers else entry.event.first)
+            numbers += [token.id for token in entry.event.tokens]
+
+
+async def clean(store: Store) -> None:
+    await store.client.delete(keys.log(RID), keys.request(RID))
+
+
+async def test_live_tokens_in_order(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    for n in range(1, 6):
+        await write(store, n)
+    await end(store, 5)
+    assert await read_all(reader) == ([1, 2, 3, 4, 5], "stop")
+    assert hub.gaps == 0
+    await clean(store)
+
+
+async def test_duplicates_are_dropped_and_overlaps_cut(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    await write(store, 1, 3)
+    await store.client.publish(keys.log(RID), b"3-0 " + blob(1, 3))
+    await store.client.publish(keys.log(RID), b"4-0 " + blob(2, 3))
+    await end(store, 4)
+    assert await read_all(reader) == ([1, 2, 3, 4], "stop")
+    await clean(store)
+
+
+async def test_a_lost_message_is_read_from_the_log(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    await write(store, 1)
+    await write(store, 2, live=False)
+    await write(store, 3)
+    await end(store, 3)
+    assert await read_all(reader) == ([1, 2, 3], "stop")
+    assert hub.gaps == 1
+    await clean(store)
+
+
+async def test_a_gap_that_the_log_cannot_fill_is_an_error(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    await write(store, 1)
+    await write(store, 2, log=False, live=False)
+    await write(store, 3)
+    with pytest.raises(LogExpired):
+        await read_all(reader)
+    reader.close()
+    await clean(store)
+
+
+async def test_a_slow_reader_gets_everything_after_an_overflow(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    for n in range(1, 101):
+        await write(store, n)
+        assert reader.lagging <= 8
+    await end(store, 100)
+    assert await read_all(reader) == (list(range(1, 101)), "stop")
+    await clean(store)
+
+
+async def test_a_late_reader_replays_and_joins(hub: Hub, store: Store) -> None:
+    await write(store, 1, 4)
+    early = await hub.subscribe(RID, replay=True)
+    late = await hub.subscribe(RID, after=2, replay=True)
+    await write(store, 5)
+    await end(store, 5)
+    assert await read_all(early) == ([1, 2, 3, 4, 5], "stop")
+    assert await read_all(late) == ([3, 4, 5], "stop")
+    await clean(store)
+
+
+async def test_a_replay_longer_than_a_page(hub: Hub, store: Store) -> None:
+    pipe = store.client.pipeline()
+    for n in range(1, 1101):
+        pipe.xadd(keys.log(RID), {"d": blob(n)}, id=f"{n}-0")
+    await pipe.execute()
+    await end(store, 1100)
+    reader = await hub.subscribe(RID, replay=True)
+    assert await read_all(reader) == (list(range(1, 1101)), "stop")
+    await clean(store)
+
+
+async def test_a_killed_connection_comes_back_and_refills(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    await store.client.client_kill_filter(_type="pubsub")
+    await write(store, 2)
+    await write(store, 3)
+    await until(lambda: hub.healthy)
+    await end(store, 3)
+    assert await read_all(reader) == ([2, 3], "stop")
+    await clean(store)
+
+
+async def test_a_lost_last_message_is_noticed(
+    hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.hub, "CHECK_S", 0.05)
+    await hub.close()
+    await hub.start()
+    await until(lambda: hub.healthy)
+    reader = await hub.subscribe(RID)
+    await write(store, 1)
+    await write(store, 2, live=False)
+    await end(store, 2, live=False)
+    assert await read_all(reader) == ([1, 2], "stop")
+    await clean(store)
+
+
+async def test_a_request_that_vanished_ends_with_an_error(
+    hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.hub, "CHECK_S", 0.05)
+    await hub.close()
+    await hub.start()
+    await until(lambda: hub.healthy)
+    reader = await hub.subscribe(RID)
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    await store.client.flushall()
+    with pytest.raises(LogExpired):
+        await read_all(reader)
+    reader.close()
+
+
+async def test_closing_the_last_reader_unsubscribes(hub: Hub, store: Store) -> None:
+    one, two = await hub.subscribe(RID), await hub.subscribe(RID)
+    one.close()
+    one.close()
+    assert await store.client.publish(keys.log(RID), b"1-0 " + blob(1)) == 1
+    two.close()
+    async with asyncio.timeout(2):
+        while await store.client.publish(keys.log(RID), b"2-0 " + blob(2)) != 0:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_silent_server_is_noticed_and_refuses_subscriptions(own_server: Any) -> None:
+    store = Store(connect(own_server.url, timeout_s=0.3))
+    hub = Hub(own_server.url, store)
+    await hub.start()
+    await until(lambda: hub.healthy)
+    own_server.pause()
+    try:
+        async with asyncio.timeout(2):
+            with pytest.raises(StoreUnavailable):
+                await hub.subscribe("other")
+        await until(lambda: not hub.healthy)
+    finally:
+        own_server.go_on()
+    await until(lambda: hub.healthy)
+    reader = await hub.subscribe("other")
+    reader.close()
+    await hub.close()
+    await store.close()

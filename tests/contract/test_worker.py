@@ -1,0 +1,317 @@
+"""Intake, engine thread and outbox together, over a real server, with the echo engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from shared import keys, messages
+from shared.errors import StoreUnavailable
+from shared.messages import Request, Sampling
+from shared.store import Emission, Store, connect
+from shared.tasks import end
+from worker.driver import STEPS_AHEAD, Driver
+from worker.engine import EngineOptions, create_engine
+from worker.engine.echo import echo_token
+from worker.intake import Intake
+from worker.outbox import Outbox
+
+MV = "echo@1"
+
+
+class Rig:
+    """A worker without its process: what main.py puts together, with a way to break it."""
+
+    def __init__(self, store: Store, name: str, batch: int, step_ms: float) -> None:
+        engine, files = create_engine(
+            EngineOptions(engine="echo", max_batch_size=batch, echo_step_ms=step_ms)
+        )
+        self.store = store
+        self.name = name
+        self.failures: list[BaseException] = []
+        self.tokenizer = Tokenizer.from_str(files.tokenizer_json)
+        self.outbox = Outbox(store, MV, name)
+        self.driver = Driver(engine, on_step=self.outbox.on_step, on_failure=self.failures.append)
+        self.outbox.attach(self.driver)
+        self.intake = Intake(
+            store,
+            model="echo",
+            version="1",
+            engine=name,
+            tokenizer=self.tokenizer,
+            driver=self.driver,
+            outbox=self.outbox,
+            max_batch_size=batch,
+            max_wait_ms=1,
+            lease_ms=3000,
+            aging_ms=30_000,
+        )
+
+
+@asynccontextmanager
+async def worker(
+    store: Store, name: str = "e1", *, batch: int = 8, step_ms: float = 1.0
+) -> AsyncIterator[Rig]:
+    rig = Rig(store, name, batch, step_ms)
+    pubsub = store.client.pubsub()
+    await pubsub.subscribe(keys.control_channel(name))
+    rig.driver.start()
+    tasks = [asyncio.create_task(rig.intake.run()), asyncio.create_task(rig.outbox.run())]
+    try:
+        yield rig
+        assert not rig.failures
+    finally:
+        await end(*tasks)
+        await rig.driver.stop()
+        await pubsub.aclose()
+
+
+@pytest.fixture
+async def opened(store: Store) -> Store:
+    await store.client.set(keys.is_open(MV), "1")
+    return store
+
+
+async def submit(store: Store, rid: str, tokens: int = 5, **options: Any) -> None:
+    sampling = Sampling(tokens, seed=options.pop("seed", 7), stop=options.pop("stop", []))
+    request = Request(1, rid, "echo", "1", "someone", [1, 2, 3], sampling)
+    answer = await store.enqueue(
+        request,
+        cls=options.pop("cls", "normal"),
+        timeout_ms=options.pop("timeout_ms", 20_000),
+        grace_ms=options.pop("grace_ms", 60_000),
+        keep_ms=5_000,
+        charged=0,
+        queue_limit=10_000,
+        queue_bytes=10**9,
+        resumable=False,
+    )
+    assert answer.outcome == "accepted"
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(8):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def result(store: Store, rid: str) -> tuple[list[int], str, messages.End]:
+    """Ids, text and end of a request, once it has ended; checks the numbering on the way."""
+    async with asyncio.timeout(15):
+        while (await store.client.hget(keys.request(rid), "st")) != b"e":
+            await asyncio.sleep(0.002)
+    ids: list[int] = []
+    text = ""
+    ends = []
+    for entry in await store.read_log(rid, 0, 10_000):
+        if isinstance(entry.event, messages.End):
+            ends.append(entry.event)
+            continue
+        assert entry.event.first == len(ids) + 1
+        ids += [token.id for token in entry.event.tokens]
+        text += "".join(token.text for token in entry.event.tokens)
+        assert entry.seq == len(ids)
+    assert len(ends) == 1
+    return ids, text, ends[0]
+
+
+def expected(count: int, seed: int = 7) -> list[int]:
+    return [echo_token(seed, 0, position) for position in range(count)]
+
+
+async def test_every_token_once_and_one_end(opened: Store) -> None:
+    async with worker(opened) as rig:
+        for i in range(30):
+            await submit(opened, f"r{i}", tokens=1 + i, seed=i)
+        for i in range(30):
+            ids, text, end = await result(opened, f"r{i}")
+            assert ids == expected(1 + i, seed=i)
+            assert text == rig.tokenizer.decode(ids)
+            assert end.reason == "length"
+            assert set(end.timings) == {"queue", "prefill", "decode"}
+        await until(lambda: not rig.outbox.streams)
+
+
+async def test_a_stop_string_ends_the_stream_before_it(opened: Store) -> None:
+    async with worker(opened) as rig:
+        await submit(opened, "whole", tokens=60)
+        _, whole, _ = await result(opened, "whole")
+        stop = whole[20:23]
+        await submit(opened, "cut", tokens=60, stop=[stop])
+        _, text, end = await result(opened, "cut")
+        assert text == whole[: whole.find(stop)]
+        assert end.reason == "stop"
+        await until(lambda: rig.driver.stats.running == 0)
+
+
+async def test_requests_join_a_running_batch(opened: Store) -> None:
+    async with worker(opened, step_ms=3) as rig:
+        await submit(opened, "long", tokens=300)
+        await until(lambda: rig.outbox.streams)
+        await submit(opened, "short", tokens=3)
+        await result(opened, "short")
+        assert (await opened.client.hget(keys.request("long"), "st")) == b"r"
+        await opened.cancel("long", "")
+        await until(lambda: not rig.outbox.streams)
+
+
+async def test_a_cancelled_stream_frees_the_engine(opened: Store) -> None:
+    async with worker(opened, batch=1) as rig:
+        await submit(opened, "long", tokens=4000)
+        await until(lambda: rig.outbox.streams)
+        assert await opened.cancel("long", "") == "cancelled"
+        await submit(opened, "next", tokens=4)
+        assert (await result(opened, "next"))[0] == expected(4)
+        assert (await result(opened, "long"))[2].reason == "cancelled"
+
+
+async def test_a_deadline_ends_a_running_stream(opened: Store) -> None:
+    async with worker(opened):
+        await submit(opened, "late", tokens=8000, timeout_ms=150)
+        ids, _, end = await result(opened, "late")
+        assert end.reason == "timeout"
+        assert ids == expected(len(ids))
+
+
+async def test_a_fenced_engine_drops_the_stream(opened: Store) -> None:
+    async with worker(opened) as rig:
+        await submit(opened, "taken", tokens=8000)
+        await until(lambda: rig.outbox.streams)
+        before = await opened.client.hget(keys.request("taken"), "own")
+        await opened.client.hset(keys.request("taken"), "own", "9:other")
+        await until(lambda: not rig.outbox.streams)
+        assert rig.outbox.fenced == 1
+        await until(lambda: rig.driver.stats.running == 0)
+        await opened.client.hset(keys.request("taken"), "own", before)
+        await opened.cancel("taken", "")
+
+
+async def test_another_engine_goes_on_where_a_dead_one_stopped(opened: Store) -> None:
+    await submit(opened, "orphan", tokens=40)
+    take = await opened.take(MV, "dead", 1, lease_ms=3000, aging_ms=30_000)
+    assert [t.rid for t in take.requests] == ["orphan"]
+    tokens = [messages.Token(0, i, "") for i in expected(10)]
+    body = messages.encode(messages.Tokens(1, 1, tokens))
+    await opened.emit(MV, "dead", [Emission("orphan", 1, 1, 10, body, 13)])
+    await opened.client.zadd(keys.leases(MV), {"dead": 1})
+    async with worker(opened, "alive"):
+        # A fresh server declares nobody dead; the take-over itself is proved over released streams.
+        await opened.release(MV, "dead", [("orphan", 1)])
+        ids, _, end = await result(opened, "orphan")
+    assert ids == expected(40)
+    assert end.reason == "length"
+
+
+async def test_a_drained_stream_goes_on_elsewhere(opened: Store) -> None:
+    async with worker(opened, "first", step_ms=2) as first:
+        await submit(opened, "moved", tokens=200)
+        await until(lambda: first.outbox.streams)
+        await asyncio.sleep(0.05)
+    owned = [(s.rid, s.epoch) for s in first.outbox.streams.values()]
+    assert await opened.release(MV, "first", owned) == 1
+    async with worker(opened, "second"):
+        ids, text, _ = await result(opened, "moved")
+    assert ids == expected(200)
+    assert text == first.tokenizer.decode(ids)
+
+
+async def test_an_unreadable_body_is_refused_with_one_end(opened: Store) -> None:
+    async with worker(opened):
+        await submit(opened, "newer", tokens=4)
+        await result(opened, "newer")
+    request = Request(2, "v2", "echo", "1", "someone", [1], Sampling(3))
+    await opened.enqueue(
+        request,
+        cls="normal",
+        timeout_ms=5000,
+        grace_ms=1000,
+        keep_ms=5000,
+        charged=0,
+        queue_limit=10,
+        queue_bytes=10**6,
+        resumable=False,
+    )
+    async with worker(opened):
+        _, _, end = await result(opened, "v2")
+    assert end.reason == "error"
+    assert "version 2" in end.message
+
+
+async def test_what_the_engine_refuses_ends_with_its_reason(opened: Store) -> None:
+    request = Request(1, "bad", "echo", "1", "someone", [999_999], Sampling(3))
+    await opened.enqueue(
+        request,
+        cls="normal",
+        timeout_ms=5000,
+        grace_ms=1000,
+        keep_ms=5000,
+        charged=0,
+        queue_limit=10,
+        queue_bytes=10**6,
+        resumable=False,
+    )
+    async with worker(opened):
+        _, _, end = await result(opened, "bad")
+        assert end.reason == "error"
+        assert end.message
+
+
+class Flaky(Store):
+    """Loses replies: the script ran, its answer did not arrive."""
+
+    lose: set[str]
+
+    async def take(self, *args: Any, **options: Any) -> Any:
+        reply = await super().take(*args, **options)
+        if "take" in self.lose and reply.requests:
+            self.lose.discard("take")
+            raise StoreUnavailable("lost reply")
+        return reply
+
+    async def emit(self, *args: Any, **options: Any) -> Any:
+        reply = await super().emit(*args, **options)
+        if "emit" in self.lose:
+            self.lose.discard("emit")
+            raise StoreUnavailable("lost reply")
+        return reply
+
+
+@pytest.mark.parametrize("call", ["take", "emit"])
+async def test_a_lost_reply_loses_and_repeats_nothing(
+    opened: Store, server: Any, call: str
+) -> None:
+    flaky = Flaky(connect(server.url, timeout_s=5))
+    flaky.lose = {call}
+    async with worker(flaky):
+        await submit(opened, "r", tokens=20)
+        ids, _, _ = await result(opened, "r")
+        assert ids == expected(20)
+        assert not flaky.lose
+    await flaky.close()
+
+
+async def test_while_redis_is_away_tokens_wait_and_memory_is_bounded(own_server: Any) -> None:
+    store = Store(connect(own_server.url, timeout_s=0.2))
+    patient = Store(connect(own_server.url, timeout_s=5))
+    await store.client.set(keys.is_open(MV), "1")
+    async with worker(store, step_ms=0) as rig:
+        await submit(patient, "r", tokens=2000)
+        await until(lambda: rig.outbox.streams)
+        own_server.pause()
+        await asyncio.sleep(0.5)
+        steps = rig.driver.stats.steps
+        await asyncio.sleep(0.3)
+        # One step may be under way when the last permit is given.
+        assert rig.driver.stats.steps <= steps + 1
+        assert STEPS_AHEAD < 2000
+        own_server.go_on()
+        ids, _, _ = await result(patient, "r")
+        assert ids == expected(2000)
+    with suppress(StoreUnavailable):
+        await store.close()
+    await patient.close()
