@@ -83,10 +83,16 @@ class Cors:
             status=204,
             headers={
                 "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-                "Access-Control-Allow-Headers": ", ".join(ALLOWED),
+                "Access-Control-Allow-Headers": ", ".join((*ALLOWED, *_asked_by_sdk(request))),
                 "Access-Control-Max-Age": "3600",
             },
         )
+
+
+def _asked_by_sdk(request: web.Request) -> list[str]:
+    """The headers by which OpenAI's SDKs describe themselves."""
+    asked = request.headers.get("Access-Control-Request-Headers", "").split(",")
+    return [name.strip() for name in asked if name.strip().lower().startswith("x-stainless-")]
 
 
 def install(app: web.Application, settings: Settings) -> None:
@@ -113,6 +119,8 @@ def install(app: web.Application, settings: Settings) -> None:
         if trail is not None:
             response.headers["X-Request-Id"] = trail.label
         response.headers.update(cors.headers(request))
+        # Without it aiohttp tells the versions of everything.
+        response.headers["Server"] = "realtime-ai-serve"
         if request.app[EDGE].draining:
             response.force_close()
             response.headers["Connection"] = "close"

@@ -124,7 +124,7 @@ class Models:
             self._broken.add(mv)
             log.error("cannot read a model's files", extra={"model": mv, "error": str(error)})
         else:
-            log.info("model", extra={"model": name, "version": version})
+            log.info("serving a model", extra={"model": name, "version": version})
 
 
 def _serve(data: bytes) -> ServedModel:

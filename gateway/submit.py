@@ -232,6 +232,9 @@ def _check(edge: Edge, order: Order, terms: Terms) -> None:
 
 async def _token_ids(model: ServedModel, order: Order) -> list[int]:
     tokenizer = model.tokenizer
+    if order.prompt is not None and not order.prompt:
+        # Some tokenizers make a token of nothing.
+        raise InvalidRequest("The prompt is empty", "prompt", "empty_prompt")
     if isinstance(order.prompt, list):
         for i, token in enumerate(order.prompt):
             if token >= model.vocab_size:

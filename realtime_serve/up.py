@@ -10,6 +10,8 @@ import os
 import shlex
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from realtime_serve import ports, probe
@@ -32,7 +34,7 @@ _BESIDE_ENGINE = 5
 _SERVER_START_S = 120.0
 _SERVER_STOP_S = 15.0
 _AFTER_GRACE_S = 5.0
-_POLL_S = 0.1
+_POLL_S = 0.2
 _ORPHAN_GRACE_S = 3.0
 
 
@@ -130,6 +132,7 @@ class Cluster:
         self._hurry = asyncio.Event()
         self._failure: str | None = None
         self._children: list[Child] = []
+        self._started = time.time()
 
     async def run(self) -> int:
         """Start everything, wait for the order to stop, stop everything; the exit status."""
@@ -207,22 +210,23 @@ class Cluster:
         return False
 
     async def _announce(self) -> None:
-        """Wait until every gateway is ready and every model answers, then say what to try."""
+        """Wait until every gateway is ready and sees our workers, then say what to try."""
         settings = self._settings
-        wanted = {model.name for model in settings.models()} if settings.workers else set()
+        wanted = Counter({model.name: settings.workers for model in settings.models()})
         waiting = set(range(settings.port, settings.port + settings.gateways))
-        self._screen.step("processes started, loading")
+        names = ", ".join(model.name for model in settings.models())
+        self._screen.step(f"processes started, loading {names}")
         while waiting:
             for port in sorted(waiting):
                 status, _ = await probe.get(settings.host, port, "/readyz")
-                if status == 200 and wanted <= await _models_at(settings.host, port):
+                # Engines of an earlier cluster on the same data do not count.
+                if status == 200 and wanted <= await _engines(settings.host, port, self._started):
                     waiting.discard(port)
-            self._screen.update(f"waiting for {len(waiting)} of {settings.gateways} gateways")
             await asyncio.sleep(_POLL_S)
         for child in self._children:
             child.settle()
         self._screen.step(f"ready in {self._screen.elapsed_s:.1f} s")
-        self._screen.text(_what_to_try(settings, sorted(wanted)))
+        self._screen.text(_what_to_try(settings))
 
     async def _watch_parent(self) -> None:
         while self._parent is not None:
@@ -276,22 +280,24 @@ def _foreign_environment() -> dict[str, str]:
     return {key: text for key, text in os.environ.items() if not key.startswith(ENV_PREFIX)}
 
 
-async def _models_at(host: str, port: int) -> set[str]:
-    status, body = await probe.get(host, port, "/v1/models")
-    if status != 200:
-        return set()
+async def _engines(host: str, port: int, since: float) -> Counter[str]:
+    """How many engines that started since then a gateway knows of, by model."""
+    status, body = await probe.get(host, port, "/status")
     try:
-        return {str(entry["id"]) for entry in json.loads(body)["data"]}
+        workers = json.loads(body)["workers"] if status == 200 else []
+        return Counter(worker["model"] for worker in workers if worker["started"] >= since)
     except (ValueError, KeyError, TypeError):
-        return set()
+        return Counter()
 
 
-def _what_to_try(settings: Settings, names: Sequence[str]) -> str:
+def _what_to_try(settings: Settings) -> str:
     url = probe.base_url(settings.host, settings.port)
+    names = [model.name for model in settings.models()]
     question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": names[0] if names else "?", "stream": True, "messages": [question]})
+    body = json.dumps({"model": names[0], "stream": True, "messages": [question]})
+    waits = "" if settings.workers else " (once a worker is there: RTS_WORKERS is 0)"
     return (
-        f"\n  {url}  serves {', '.join(names) or 'no model: RTS_WORKERS is 0'}\n\n"
+        f"\n  {url}  serves {', '.join(names)}{waits}\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"    -d {shlex.quote(body)}\n\n"
         "  Ctrl-C to stop\n"

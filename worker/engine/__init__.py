@@ -99,7 +99,7 @@ def resolve(name: str) -> Callable[[EngineOptions], Any]:
     Raises:
         ValueError: no such engine.
         TypeError: the module has no such class.
-        ImportError: the module, or something that it imports, is not installed; says what to install.
+        ImportError: the module or something that it imports is missing; says what to install.
     """
     path = BUILTIN.get(name, name)
     module_name, colon, class_name = path.partition(":")

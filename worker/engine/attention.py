@@ -124,7 +124,7 @@ class PagedCache:
     def __init__(
         self, layers: dict[int, Layer], count: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Allocates `count` blocks a layer, and one more that stays zero and fills up short rows."""
+        """Allocates `count` blocks a layer, and one more that stays zero, to fill up short rows."""
 
         def blocks(heads: int, size: int) -> torch.Tensor:
             return torch.zeros(count + 1, BLOCK_SIZE * heads * size, dtype=dtype, device=device)
@@ -141,7 +141,7 @@ class PagedCache:
         return BLOCK_SIZE * dtype.itemsize * sum(sizes)
 
     def write(self, index: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores the rows' keys and values, [kv_heads, rows, size], at block * BLOCK_SIZE + offset."""
+        """Stores keys and values, [kv_heads, rows, size], at slots = block * BLOCK_SIZE + offset."""
         for cache, new in ((self.keys[index], k), (self.values[index], v)):
             flat = new.transpose(0, 1).reshape(new.shape[1], -1)
             cache.view(-1, flat.shape[1]).index_copy_(0, slots, flat)
@@ -222,7 +222,7 @@ class PagedAttention:
         v: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Writes the rows' keys and values, and attends over all that their sequences have so far."""
+        """Writes the rows' keys and values, and attends over all their sequences have so far."""
         self._cache.write(index, self._slots, k, v)
         heads, kv_heads = q.shape[0], layer.kv_heads
         out = q.new_empty(self._rows, heads, layer.value_dim)

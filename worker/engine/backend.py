@@ -12,15 +12,15 @@ import torch
 class Batch:
     """One step. A row is one token of one sequence; nothing is padded by length.
 
-    The rows of a sequence are neighbours, in order of position. Keys and values of earlier positions
-    are in the cache already; the rows' own are written by the step.
+    The rows of a sequence are neighbours, in order of position. Keys and values of earlier
+    positions are in the cache already; the rows' own are written by the step.
 
     Attributes:
         ids: token ids, int64 [rows], on the CPU like all of these.
         positions: position of each row in its sequence, int64 [rows].
         sequences: index of each row's sequence, int64 [rows], not falling, from 0 without a gap.
-        block_table: blocks of each sequence, int64 [sequences, most blocks], filled up with -1. Position
-            p of a sequence lies in its block p // BLOCK_SIZE.
+        block_table: blocks of each sequence, int64 [sequences, most blocks], filled up with -1.
+            Position p of a sequence lies in its block p // BLOCK_SIZE.
         out_rows: rows whose logits are wanted, int64 [out].
     """
 
@@ -51,12 +51,12 @@ class Backend(Protocol):
         Computing a row again overwrites what it wrote, so that a failed step can be repeated.
 
         Returns:
-            Logits [out, vocab_size] on the backend's device, in any float type. Valid until the next
-            step.
+            Logits [out, vocab_size] on the backend's device, in any float type, valid until the
+            next step.
         """
 
     def clear(self, blocks: list[int]) -> None:
-        """Fills blocks with zeros, lest what is not a number leaks into their next holder's padding."""
+        """Fills blocks with zeros, lest what is not a number reaches their next holder."""
 
     def close(self) -> None:
         """Frees weights and cache."""

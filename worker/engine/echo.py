@@ -1,4 +1,4 @@
-"""The echo engine: deterministic letters at a set pace, for tests, chaos and transport benchmarks."""
+"""The echo engine: deterministic letters at a set pace, for tests, chaos and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Models from a hub id, a folder or a GGUF file.
 
-torch and transformers are imported by the functions that need them: the errors here are for everybody.
+torch and transformers are imported by the functions that need them: the error is for everybody.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def load(source: str, dtype: str, data_dir: Path, progress: Progress = no_progre
     """Loads a model and its tokenizer.
 
     Args:
-        source: a hub id (`name` or `owner/name`, with an optional `@revision`), a folder, or a GGUF file.
+        source: a hub id (`name` or `owner/name`, `@revision` may follow), a folder, or a GGUF file.
         dtype: "bfloat16", "float32", or "auto": bfloat16 where the hardware computes in it.
         data_dir: where a GGUF file's converted model is kept, under models/.
         progress: told how far it is.
@@ -148,7 +148,7 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = no_progress) -> 
 
 
 def best_dtype() -> str:
-    """ "bfloat16" where the hardware multiplies in it, else "float32"."""
+    """The dtype that "auto" stands for: bfloat16 where the hardware multiplies in it."""
     import torch
 
     if torch.cuda.is_available():
@@ -227,7 +227,7 @@ def _version(folder: Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    """8 hex digits from the size and both ends of a file, which may be too long to read as a whole."""
+    """8 hex digits from the size and both ends of a file, which may be too long to read."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, choice, position), so that any engine can go on with a sequence."""
+"""Random numbers from (seed, choice, position), so that any engine can go on with a sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 
 
 def _mix(x: int) -> int:
-    """The finalizer of splitmix64: a bijection of 64 bits in which every bit depends on every bit."""
+    """The finalizer of splitmix64: a bijection in which every bit depends on every bit."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)

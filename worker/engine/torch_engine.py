@@ -12,8 +12,13 @@ import torch
 from worker.engine import EngineOptions
 from worker.engine.backend import Backend, Batch
 from worker.engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
-from worker.engine.interface import EngineInfo, EngineRequest, EngineStats, StepOutput
-from worker.engine.interface import SamplingParams
+from worker.engine.interface import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    SamplingParams,
+    StepOutput,
+)
 from worker.engine.loader import LoadedModel, load
 from worker.engine.reference import ReferenceBackend
 from worker.engine.sampler import FAILED, Draw, sample

@@ -1,0 +1,385 @@
+"""Any sequence of calls leaves the server as the model in script_model.py says.
+
+HYPOTHESIS_PROFILE=long runs many more sequences, and other ones each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from script_model import (
+    MODEL,
+    MV,
+    VERSION,
+    Clock,
+    Job,
+    Model,
+    assert_consistent,
+    make_end,
+    make_request,
+    make_tokens,
+)
+
+from shared import keys, messages
+from shared.store import ENGINE_TTL_MS, Emission, Store, connect
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+PROFILE = settings(
+    max_examples=1500 if LONG else 60,
+    stateful_step_count=120 if LONG else 50,
+    derandomize=not LONG,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+LEASE_MS = 500
+AGING_MS = 1000
+QUEUE_LIMIT = 8
+FOREVER_MS = 10**8
+T = TypeVar("T")
+
+callers = st.sampled_from(["alice", "bob", "carol"])
+classes = st.integers(0, 2)
+engines = st.sampled_from(["a", "b", "c"])
+# What an engine may think it owns, and what it says of it, is picked by position.
+picks = st.integers(0, 10**6)
+kinds = st.sampled_from(["next", "next", "next", "end", "idle", "again", "gap", "overlap"])
+# Just below, at and above what the scripts compare: doubt, lease, aging, grace, engine ttl.
+steps = st.sampled_from([1, 50, 150, 151, 500, 501, 1000, 2000, 5001])
+
+
+class Machine(RuleBasedStateMachine):
+    """The scripts on one side, the model on the other."""
+
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.store = Store(connect(self.url, timeout_s=5))
+        self.do(self.store.client.flushall())
+        self.clock = self.do(Clock.stop(self.store))
+        self.model = Model(self.clock.now_ms, LEASE_MS, AGING_MS, QUEUE_LIMIT)
+        self.pubsub = self.store.client.pubsub()
+        # What each engine was told that it owns, and everything that any was ever told.
+        self.held: dict[str, dict[str, int]] = {"a": {}, "b": {}, "c": {}}
+        self.told: list[tuple[str, str, int]] = []
+        self.requests: dict[str, messages.Request] = {}
+        self.heartbeat("a")
+        for engine in self.held:
+            self.hear(engine)
+
+    def do(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(call)
+
+    def teardown(self) -> None:
+        try:
+            self.finish_everything()
+        finally:
+            self.do(self.pubsub.aclose())
+            self.do(self.store.close())
+            self.runner.close()
+
+    # -- gateways --
+
+    def _put(self, request: messages.Request, cls: int, timeout_ms: int) -> tuple[str, int]:
+        answer = self.do(
+            self.store.enqueue(
+                request,
+                cls=keys.CLASSES[cls],
+                timeout_ms=timeout_ms,
+                grace_ms=1000,
+                keep_ms=600_000,
+                charged=1,
+                queue_limit=QUEUE_LIMIT,
+                queue_bytes=10**6,
+                resumable=False,
+            )
+        )
+        job = Job(
+            rid=request.rid,
+            caller=request.caller,
+            cls=cls,
+            digest=request.digest(),
+            size=len(messages.encode(request)),
+            t0=self.model.now,
+            deadline=self.model.now + timeout_ms,
+            grace=1000,
+        )
+        before = len(self.model.waiting(cls))
+        assert answer.outcome == self.model.enqueue(job)
+        if answer.outcome == "accepted":
+            assert answer.position == before + 1
+        elif answer.outcome == "full":
+            assert answer.waiting == before
+        return answer.outcome, answer.seq
+
+    @rule(
+        caller=callers,
+        cls=classes,
+        prompt=st.integers(1, 3),
+        timeout_ms=st.sampled_from([700, 3000, FOREVER_MS, FOREVER_MS, FOREVER_MS]),
+        heard=st.booleans(),
+    )
+    def enqueue(self, caller: str, cls: int, prompt: int, timeout_ms: int, heard: bool) -> None:
+        request = make_request(f"r{len(self.requests)}", caller, prompt)
+        if self._put(request, cls, timeout_ms)[0] == "accepted":
+            self.requests[request.rid] = request
+            if heard:
+                self.listen(len(self.requests) - 1)
+
+    def _rid(self, pick: int) -> str:
+        return list(self.requests)[pick % len(self.requests)]
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=picks)
+    def enqueue_again(self, pick: int) -> None:
+        request = self.requests[self._rid(pick)]
+        outcome, seq = self._put(request, 1, FOREVER_MS)
+        assert (outcome, seq) == ("attached", len(self.model.jobs[request.rid].tokens))
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=picks, other_caller=st.booleans())
+    def enqueue_conflict(self, pick: int, other_caller: bool) -> None:
+        old = self.requests[self._rid(pick)]
+        caller = "mallory" if other_caller else old.caller
+        request = make_request(old.rid, caller, len(old.prompt) + (not other_caller))
+        assert self._put(request, 1, FOREVER_MS)[0] == "conflict"
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=picks, foreign=st.sampled_from([False, False, False, True]))
+    def cancel(self, pick: int, foreign: bool) -> None:
+        rid = self._rid(pick)
+        caller = "mallory" if foreign else self.requests[rid].caller
+        assert self.do(self.store.cancel(rid, caller)) == self.model.cancel(rid, caller)
+
+    @rule()
+    def expire(self) -> None:
+        assert set(self.do(self.store.expire())) == self.model.expire()
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=picks)
+    def listen(self, pick: int) -> None:
+        rid = self._rid(pick)
+        if rid not in self.model.listened:
+            self.model.listened.add(rid)
+            self._subscribe(keys.log(rid), True)
+
+    @precondition(lambda self: self.model.listened)
+    @rule(pick=picks)
+    def leave(self, pick: int) -> None:
+        rid = sorted(self.model.listened)[pick % len(self.model.listened)]
+        self.model.listened.remove(rid)
+        self._subscribe(keys.log(rid), False)
+
+    # -- engines --
+
+    @rule(engine=engines)
+    def heartbeat(self, engine: str) -> None:
+        card = messages.EngineCard(
+            messages.VERSION, engine, "echo", "", "", "", 1, 8, 0, 0, 0.0, False, 0.0
+        )
+        assert self.do(self.store.heartbeat(MODEL, VERSION, engine, card)) == VERSION
+        self.model.heartbeat(engine, ENGINE_TTL_MS)
+
+    @rule(
+        engine=engines,
+        room=st.integers(0, 5),
+        lost=st.sampled_from([False, False, False, True]),
+        knows=st.sampled_from([False, False, True]),
+    )
+    def take(self, engine: str, room: int, lost: bool, knows: bool) -> None:
+        known = list(self.held[engine]) if knows else None
+        answer = self.do(
+            self.store.take(MV, engine, room, lease_ms=LEASE_MS, aging_ms=AGING_MS, known=known)
+        )
+        expected = self.model.take(engine, room, ENGINE_TTL_MS, None if known is None else {*known})
+        assert [(t.rid, t.epoch) for t in answer.requests] == expected
+        for taken in answer.requests:
+            job = self.model.jobs[taken.rid]
+            assert taken.body == messages.encode(self.requests[taken.rid])
+            assert (taken.seq, taken.cls, taken.deaths) == (len(job.tokens), job.cls, job.deaths)
+            assert taken.waited_ms == self.model.now - job.t0
+            self.told.append((engine, taken.rid, taken.epoch))
+            if not lost:
+                self.held[engine][taken.rid] = taken.epoch
+        assert answer.waiting == self.model.all_waiting
+        waiting = [cls for cls in range(3) if self.model.waiting(cls)]
+        assert answer.best_waiting == min(waiting, default=-1)
+
+    def _emission(self, engine: str, rid: str, epoch: int, kind: str, n: int) -> Emission:
+        seq = len(self.model.jobs[rid].tokens)
+        first, n = {
+            "next": (seq + 1, n),
+            "end": (seq + 1, n - 1),
+            "idle": (seq + 1, 0),
+            "again": (max(1, seq - n + 1), min(n, seq)),
+            "gap": (seq + 2, n - 1),
+            "overlap": (max(1, seq), 2),
+        }[kind]
+        # Whoever wrote a token can be told from it.
+        texts = [f"{engine}.{epoch}.{number}" for number in range(first, first + n)]
+        reason = "stop" if kind == "end" else ""
+        return Emission(
+            rid,
+            epoch,
+            first,
+            first + n - 1,
+            make_tokens(first, texts) if n else b"",
+            # Small, so that some deaths are without progress.
+            (seq + n) // 2,
+            reason,
+            make_end(reason) if reason else b"",
+        )
+
+    def _emit(self, engine: str, owned: list[tuple[str, int]], said: list[tuple[str, int]]) -> None:
+        step = [
+            self._emission(engine, rid, epoch, *what)
+            for (rid, epoch), what in zip(owned, said, strict=False)
+        ]
+        waiting = self.model.all_waiting
+        number, answers = self.do(self.store.emit(MV, engine, step))
+        assert number == waiting
+        for e, answer in zip(step, answers, strict=True):
+            tokens = messages.decode(e.tokens, messages.Tokens).tokens if e.tokens else []
+            texts = [token.text for token in tokens]
+            outcome, detail = self.model.emit(
+                engine, e.rid, e.epoch, e.first, texts, e.progress, e.reason
+            )
+            assert answer.outcome == outcome, e
+            assert (answer.seq or answer.reason or None) == (detail or None)
+            if outcome == "fenced" or outcome == "ended" or e.reason:
+                self.held[engine].pop(e.rid, None)
+
+    @rule(engine=engines, said=st.lists(st.tuples(kinds, st.integers(1, 3)), max_size=6))
+    def step(self, engine: str, said: list[tuple[str, int]]) -> None:
+        """A step of an engine over what it believes it owns; with nothing, it renews the lease."""
+        self._emit(engine, list(self.held[engine].items()), said)
+
+    @precondition(lambda self: self.told)
+    @rule(pick=picks, kind=kinds, n=st.integers(1, 3))
+    def zombie_step(self, pick: int, kind: str, n: int) -> None:
+        """An engine wakes up and speaks of what it once owned."""
+        engine, rid, epoch = self.told[pick % len(self.told)]
+        self._emit(engine, [(rid, epoch)], [(kind, n)])
+
+    @rule(engine=engines)
+    def release(self, engine: str) -> None:
+        owned = list(self.held[engine].items())
+        answer = self.do(self.store.release(MV, engine, owned))
+        assert answer == self.model.release(engine, owned)
+        self.held[engine].clear()
+
+    @precondition(lambda self: self.told)
+    @rule(pick=picks)
+    def zombie_release(self, pick: int) -> None:
+        engine, rid, epoch = self.told[pick % len(self.told)]
+        answer = self.do(self.store.release(MV, engine, [(rid, epoch)]))
+        assert answer == self.model.release(engine, [(rid, epoch)])
+        if self.held[engine].get(rid) == epoch:
+            del self.held[engine][rid]
+
+    @rule(engine=engines)
+    def depart(self, engine: str) -> None:
+        assert self.do(self.store.depart(MV, engine)) == self.model.depart(engine)
+
+    @rule(engine=engines)
+    def crash(self, engine: str) -> None:
+        """It says nothing for longer than its lease, and comes back knowing nothing."""
+        self.held[engine].clear()
+        if engine in self.model.leases:
+            self.model.leases[engine] = self.model.now - 10 * LEASE_MS
+            lease = {engine: self.model.leases[engine]}
+            self.do(self.store.client.zadd(keys.leases(MV), lease))
+
+    @rule(engine=engines)
+    def silence(self, engine: str) -> None:
+        """Its control connection breaks."""
+        if engine in self.model.subscribed:
+            self.model.subscribed.remove(engine)
+            self._subscribe(keys.control_channel(engine), False)
+
+    @rule(engine=engines)
+    def hear(self, engine: str) -> None:
+        if engine not in self.model.subscribed:
+            self.model.subscribed.add(engine)
+            self._subscribe(keys.control_channel(engine), True)
+
+    def _subscribe(self, channel: str, on: bool) -> None:
+        async def call() -> None:
+            kind = "subscribe" if on else "unsubscribe"
+            await (self.pubsub.subscribe if on else self.pubsub.unsubscribe)(channel)
+            async with asyncio.timeout(5):
+                while True:
+                    message = await self.pubsub.get_message(timeout=5)
+                    if message and (message["type"], message["channel"]) == (
+                        kind,
+                        channel.encode(),
+                    ):
+                        return
+
+        self.do(call())
+
+    # -- the world --
+
+    @rule(ms=steps)
+    def time_passes(self, ms: int) -> None:
+        self.do(self.clock.advance(ms))
+        self.model.now = self.clock.now_ms
+
+    @rule()
+    def scripts_are_flushed(self) -> None:
+        self.do(self.store.client.script_flush())
+
+    @invariant()
+    def same(self) -> None:
+        self.model.assert_same(self.do(assert_consistent(self.store.client)))
+
+    def finish_everything(self) -> None:
+        """Whatever happened, at the last deadline all requests end and leave nothing behind."""
+        self.time_passes(FOREVER_MS)
+        self.expire()
+        self.same()
+        assert all(job.state == "e" for job in self.model.jobs.values())
+        self.do(self._assert_empty())
+
+    async def _assert_empty(self) -> None:
+        client = self.store.client
+        letters = [fields[b"rid"].decode() for _, fields in await client.xrange(keys.DEAD)]
+        assert letters == self.model.dead_letters
+        for cls in keys.CLASSES:
+            count = await client.hgetall(keys.count(MV, cls))
+            open_counts = [int(count.get(name, 0)) for name in (b"waiting", b"running", b"bytes")]
+            assert open_counts == [0, 0, 0]
+            assert await client.xlen(keys.queue(MV, cls)) == 0
+        stays = {keys.MODELS, keys.ENDED, keys.DEAD, keys.is_open(MV), keys.model(MODEL)}
+        stays |= {keys.wake(MV), keys.engines(MV), keys.cards(MV)}
+        stays |= {keys.count(MV, cls) for cls in keys.CLASSES}
+        stays |= {keys.queue(MV, cls) for cls in keys.CLASSES}
+        for name in [key.decode() async for key in client.scan_iter("rts:*", count=1000)]:
+            if name.startswith((keys.request(""), keys.log(""))):
+                assert 0 < await client.pttl(name) <= 605_000, name
+            else:
+                assert name in stays
+
+
+@pytest.mark.timeout(3600 if LONG else 120)
+def test_any_sequence_of_calls(server: Server) -> None:
+    machine = type("ScriptMachine", (Machine,), {"url": server.url})
+    run_state_machine_as_test(machine, settings=PROFILE)

@@ -1,0 +1,316 @@
+"""The torch engine computes what transformers computes, whoever joins, leaves, waits or is cut in pieces."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.contract.models import FAMILIES, VOCAB, expected, loaded, tiny_model  # noqa: E402
+from worker.engine import EngineOptions, create_engine  # noqa: E402
+from worker.engine.interface import EngineRequest, SamplingParams  # noqa: E402
+from worker.engine.loader import ModelLoadError  # noqa: E402
+from worker.engine.torch_engine import TorchEngine  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+LENGTHS = (1, 3, 16, 17, 33, 60, 90, 5)
+
+
+def engine_of(model: Any, batch: int = 8, eos: tuple[int, ...] = (), **more: Any) -> TorchEngine:
+    return TorchEngine(
+        EngineOptions(max_batch_size=batch), loaded=loaded(copy.deepcopy(model), eos), **more
+    )
+
+
+def prompts(seed: int, vocab: int = VOCAB, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(3, vocab) for _ in range(length)] for length in lengths]
+
+
+def greedy(count: int) -> SamplingParams:
+    return SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+
+
+def run(engine: TorchEngine, requests: list[EngineRequest], every: int = 0) -> dict[str, list[int]]:
+    """Adds the requests, one in `every` steps, and steps until all ended."""
+    left, got, steps = list(requests), {request.rid: [] for request in requests}, 0
+    finishes: dict[str, str | None] = {}
+    while left or len(finishes) < len(requests):
+        while left and (not every or steps % every == 0):
+            engine.add(left.pop(0))
+            if every:
+                break
+        for output in engine.step():
+            assert output.error == ""
+            got[output.rid] += output.tokens
+            if output.finish:
+                assert output.rid not in finishes
+                finishes[output.rid] = output.finish
+        engine.check_integrity()
+        steps += 1
+        assert steps < 5000
+    assert engine.step() == []
+    return got
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_is_that_of_transformers(family: str) -> None:
+    model = tiny_model(family)
+    texts = prompts(1)
+    right = [expected(model, prompt, 24) for prompt in texts]
+    variety = sum(len(set(one.tokens)) for one in right) / len(right)
+    assert variety > 5, "a model that repeats itself proves little"
+    requests = [EngineRequest(str(i), p, greedy(24)) for i, p in enumerate(texts)]
+    # Roomy; in small pieces and joining at different steps; short of blocks.
+    roomy = engine_of(model)
+    chunked = engine_of(model, batch=5, step_rows=14)
+    short = engine_of(model, blocks=13, step_rows=40)
+    for engine, every in ((roomy, 0), (chunked, 3), (short, 1)):
+        got = run(engine, requests, every)
+        for i, one in enumerate(right):
+            assert len(got[str(i)]) == 24
+            one.check(got[str(i)])
+    assert short.stats().preemptions > 0
+    assert roomy.stats().preemptions == chunked.stats().preemptions == 0
+
+
+@pytest.mark.parametrize("sampling", [greedy(30), SamplingParams(30, 0.9, 0.9, 20, seed=7)])
+def test_another_engine_goes_on_where_one_stopped(sampling: SamplingParams) -> None:
+    model = tiny_model("llama")
+    prompt = prompts(2)[5]
+    whole = run(engine_of(model), [EngineRequest("a", prompt, sampling, choice=3)])["a"]
+    first = engine_of(model)
+    first.add(EngineRequest("a", prompt, sampling, choice=3))
+    got: list[int] = []
+    while len(got) < 11:
+        got += [token for output in first.step() for token in output.tokens]
+    first.abort("a")
+    assert first.stats().kv_usage == 0
+    second = engine_of(model, step_rows=20)
+    rest = run(
+        second,
+        [
+            EngineRequest("a", prompt, sampling, generated=got, choice=3),
+            *(EngineRequest(f"other {i}", p, sampling) for i, p in enumerate(prompts(3))),
+        ],
+    )
+    assert got + rest["a"] == whole
+
+
+def test_those_that_stay_do_not_notice_those_that_leave() -> None:
+    model = tiny_model("qwen2")
+    texts = prompts(4)
+    engine, source = engine_of(model, batch=4, blocks=20, step_rows=30), random.Random(9)
+    right = {str(i): expected(model, prompt, 20) for i, prompt in enumerate(texts)}
+    got: dict[str, list[int]] = {rid: [] for rid in right}
+    for i, prompt in enumerate(texts):
+        engine.add(EngineRequest(str(i), prompt, greedy(20), priority=i % 3))
+        engine.add(EngineRequest(f"leaves {i}", prompt[::-1], greedy(20), priority=(i + 1) % 3))
+    steps = 0
+    while outputs := engine.step():
+        steps += 1
+        for output in outputs:
+            if output.rid in got:
+                got[output.rid] += output.tokens
+        if steps % 2:
+            engine.abort(f"leaves {source.randrange(len(texts))}")
+        engine.check_integrity()
+    for rid, one in right.items():
+        assert len(got[rid]) == 20
+        one.check(got[rid])
+
+
+def test_the_models_end_ids_end_a_sequence_unless_ignored() -> None:
+    model = tiny_model("llama")
+    prompt = prompts(1)[4]
+    tokens = expected(model, prompt, 24).tokens
+    end = next(token for i, token in enumerate(tokens) if i > 4 and token not in tokens[:i])
+    engine = engine_of(model, eos=(end,))
+    goes_on = EngineRequest("goes on", prompt, greedy(24))
+    ends = EngineRequest("ends", prompt, SamplingParams(24, temperature=0))
+    got = run(engine, [goes_on, ends])
+    assert got["goes on"] == tokens
+    assert got["ends"] == tokens[: tokens.index(end) + 1]
+
+
+def test_a_bf16_model_is_served() -> None:
+    engine = engine_of(tiny_model("llama").to(torch.bfloat16))
+    assert engine.info.dtype == "bfloat16"
+    got = run(engine, [EngineRequest(str(i), p, greedy(5)) for i, p in enumerate(prompts(1))])
+    assert all(len(tokens) == 5 for tokens in got.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "why"),
+    [
+        ("mamba", {}, "attention"),
+        ("bloom", {"n_head": 4, "n_layer": 3}, "attention"),
+        ("gpt_oss", {"num_local_experts": 4, "layer_types": ["full_attention"] * 3}, "s_aux"),
+        ("qwen3_next", {"num_experts": 4}, "linear_attention"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "dynamic",
+        ),
+        ("cohere2", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(
+    family: str, overrides: dict[str, Any], why: str
+) -> None:
+    model = tiny_model(family, **overrides)
+    with pytest.raises(ModelLoadError, match=why):
+        engine_of(model)
+
+
+def test_a_wrong_attention_is_noticed_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.engine import reference
+
+    original = reference.paged_attention
+
+    def wrong_scale(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "scaling": 0.9})
+
+    monkeypatch.setattr(reference, "paged_attention", wrong_scale)
+    with pytest.raises(ModelLoadError, match="off by"):
+        engine_of(tiny_model("llama"))
+
+
+class Poisoned:
+    """A backend that fails whenever a certain id is in the batch, or answers with what is no number."""
+
+    def __init__(self, backend: Any, poison: int, raises: bool) -> None:
+        self._backend, self._poison, self._raises = backend, poison, raises
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def step(self, batch: Any) -> Any:
+        logits = self._backend.step(batch).clone()
+        bad = batch.ids == self._poison
+        if self._raises and bool(bad.any()):
+            raise RuntimeError("poison")
+        logits[bad[batch.out_rows]] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_only_the_sequence_that_fails_ends_with_an_error(raises: bool) -> None:
+    model = tiny_model("llama")
+    texts = prompts(6, VOCAB - 10)
+    right = [expected(model, prompt, 12) for prompt in texts]
+    poison = max(set(range(VOCAB)) - {token for one in right for token in one.tokens})
+    engine = engine_of(model)
+    engine._backend = Poisoned(engine._backend, poison, raises)
+    requests = [EngineRequest(str(i), prompt, greedy(12)) for i, prompt in enumerate(texts)]
+    for request in [*requests[:4], EngineRequest("bad", [9, 8, poison], greedy(12)), *requests[4:]]:
+        engine.add(request)
+    got: dict[str, list[int]] = {str(i): [] for i in range(len(texts))}
+    errors = {}
+    while outputs := engine.step():
+        for output in outputs:
+            if output.finish == "error":
+                errors[output.rid] = output.error
+            else:
+                got[output.rid] += output.tokens
+        engine.check_integrity()
+    assert list(errors) == ["bad"]
+    assert ("poison" if raises else "not a number") in errors["bad"]
+    for i, one in enumerate(right):
+        one.check(got[str(i)])
+        assert len(got[str(i)]) == 12
+
+
+def test_a_step_in_which_nothing_works_raises() -> None:
+    engine = engine_of(tiny_model("llama"))
+    engine._backend = Poisoned(engine._backend, 7, True)
+    engine.add(EngineRequest("a", [7, 7], greedy(3)))
+    with pytest.raises(RuntimeError, match="poison"):
+        engine.step()
+
+
+def test_a_small_cache_shortens_the_context() -> None:
+    engine = engine_of(tiny_model("llama"), blocks=6)
+    assert engine.info.context_length == engine.files.context_length == 96
+    with pytest.raises(ValueError, match="context"):
+        engine.add(EngineRequest("a", [5] * 96, greedy(1)))
+    got = run(engine, [EngineRequest(str(i), [5 + i] * 80, greedy(90)) for i in range(3)])
+    assert all(len(tokens) == 16 for tokens in got.values())
+
+
+def test_room_counts_blocks_as_well_as_places() -> None:
+    engine = engine_of(tiny_model("llama"), blocks=10)
+    assert engine.room() == 8
+    engine.add(EngineRequest("a", [5] * 70, greedy(60)))
+    assert engine.room() <= 1
+    engine.step()
+    engine.add(EngineRequest("b", [5] * 70, greedy(60)))
+    assert engine.room() == 0
+    engine.step()
+    assert engine.stats().waiting == 1
+    engine.abort("a")
+    engine.abort("b")
+    assert engine.room() == 8
+
+
+@pytest.mark.model
+def test_the_demo_model_in_float32_is_that_of_transformers(demo_model_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = EngineOptions(
+        source=str(demo_model_path), dtype="float32", max_batch_size=6, kv_cache_mb=64, threads=2
+    )
+    engine, files = create_engine(options)
+    assert isinstance(engine, TorchEngine)
+    model = AutoModelForCausalLM.from_pretrained(
+        demo_model_path, dtype=torch.float32, local_files_only=True
+    )
+    texts = prompts(8, files.vocab_size, (3, 40, 18, 75, 9, 31))
+    requests = [EngineRequest(str(i), p, greedy(16)) for i, p in enumerate(texts)]
+    got = run(engine, requests, every=2)
+    for i, prompt in enumerate(texts):
+        expected(model, prompt, 16).check(got[str(i)])
+
+
+@pytest.mark.model
+def test_the_demo_model_chats(demo_model_path: Path) -> None:
+    from jinja2 import Environment
+    from tokenizers import Tokenizer
+
+    engine, files = create_engine(
+        EngineOptions(source=str(demo_model_path), dtype="auto", max_batch_size=2, kv_cache_mb=64)
+    )
+    engine.warm_up()
+    assert engine.stats().steps == 0
+    tokenizer = Tokenizer.from_str(files.tokenizer_json)
+    start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+    assert end in files.eos_ids
+    assert files.chat_template is not None
+    text = (
+        Environment()
+        .from_string(files.chat_template)
+        .render(
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            add_generation_prompt=True,
+            bos_token=files.bos_token,
+            eos_token=files.eos_token,
+        )
+    )
+    ids = tokenizer.encode(text).ids
+    assert ids.count(start) == text.count("<|im_start|>") == 3
+    assert ids.count(end) == 2
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    engine.add(EngineRequest("a", ids, SamplingParams(40, temperature=0)))
+    tokens: list[int] = []
+    while outputs := engine.step():
+        tokens += outputs[0].tokens
+        finish = outputs[0].finish
+    assert "Paris" in tokenizer.decode(tokens)
+    assert finish == "stop"
+    assert tokens[-1] in files.eos_ids

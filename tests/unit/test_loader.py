@@ -1,0 +1,130 @@
+"""Where models come from, and how fast a wrong source is told."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from worker.engine import loader
+from worker.engine.loader import ModelLoadError, locate
+
+
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./no-such", "~/no-such", "../a/b", "a/b/c", "no such", ""]
+)
+def test_a_missing_folder_is_told_at_once(source: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ModelLoadError, match=r"no model folder|no config\.json"):
+        locate(source, tmp_path)
+    assert time.monotonic() - start < 1
+
+
+def test_a_missing_gguf_file_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"no file .*none\.gguf"):
+        locate(str(tmp_path / "none.gguf"), tmp_path)
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        locate(str(tmp_path), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert locate(str(tmp_path), tmp_path / "data") == tmp_path
+
+
+def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def convert(path: Path, folder: Path, progress: object) -> None:
+        made.append(folder)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(loader, "convert_gguf", convert)
+    file, data = tmp_path / "tiny.gguf", tmp_path / "data"
+    file.write_bytes(b"one")
+    first = locate(str(file), data)
+    assert first.parent == data / "models"
+    assert first.name.startswith("tiny-")
+    assert locate(str(file), data) == first
+    file.write_bytes(b"two")
+    assert locate(str(file), data) != first
+    assert len(made) == 2
+
+
+def test_a_hub_id_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(source: str, progress: object) -> Path:
+        asked.append(source)
+        return tmp_path
+
+    monkeypatch.setattr(loader, "_download", download)
+    for source in ("gpt2", "Qwen/Qwen3-0.6B", "owner/name@refs/pr/1"):
+        assert locate(source, tmp_path) == tmp_path
+    assert asked == ["gpt2", "Qwen/Qwen3-0.6B", "owner/name@refs/pr/1"]
+
+
+def test_the_version_changes_with_the_files(tmp_path: Path) -> None:
+    versions = set()
+    for name, content in (
+        ("config.json", "{}"),
+        ("tokenizer.json", "{}"),
+        ("model.safetensors", "123"),
+        ("model.safetensors", "1234"),
+        ("other.safetensors", "1234"),
+        ("config.json", '{"a": 1}'),
+    ):
+        (tmp_path / name).write_text(content)
+        versions.add(loader._version(tmp_path))
+    (tmp_path / "README.md").write_text("irrelevant")
+    assert loader._version(tmp_path) in versions
+    assert len(versions) == 6
+    assert all(len(version) == 8 and int(version, 16) >= 0 for version in versions)
+
+
+@pytest.mark.torch
+def test_a_broken_folder_is_one_line_of_reason(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
+    with pytest.raises(ModelLoadError, match="cannot load") as caught:
+        loader.load(str(tmp_path), "float32", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.torch
+def test_a_broken_gguf_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF nonsense" * 10)
+    with pytest.raises(ModelLoadError, match="cannot load"):
+        locate(str(file), tmp_path / "data")
+    assert list((tmp_path / "data" / "models").iterdir()) == []
+
+
+@pytest.mark.torch
+def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from tests.contract.models import tiny_model
+    from worker.engine.echo_tokenizer import CHAT_TEMPLATE, END_TOKEN, tokenizer_json
+
+    tiny_model("llama", vocab_size=257, eos_token_id=[3, 4]).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_TOKEN,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    told: list[tuple[str, float]] = []
+    got = loader.load(
+        str(tmp_path), "bfloat16", tmp_path, lambda what, share: told.append((what, share))
+    )
+    assert next(got.model.parameters()).dtype == torch.bfloat16
+    assert got.files.eos_ids == (3, 4, 256)
+    assert (got.files.bos_token, got.files.eos_token) == ("", END_TOKEN)
+    assert got.files.chat_template == CHAT_TEMPLATE
+    assert (got.files.context_length, got.files.vocab_size) == (256, 257)
+    assert json.loads(got.files.tokenizer_json)["model"]["type"] == "BPE"
+    assert told[-1] == ("loading weights", 1.0)
