@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one of each family, and what transformers itself says they generate."""
+"""Tiny models with random weights, and what transformers itself generates with them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def tiny_model(family: str, **overrides: Any) -> Any:
                 "tie_word_embeddings",
             )
         }
-    config = AutoConfig.for_model(family, **sizes, **{**FAMILIES.get(family, {}), **overrides})
+    config = AutoConfig.for_model(family, **{**sizes, **FAMILIES.get(family, {}), **overrides})
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"

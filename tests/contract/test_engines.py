@@ -26,7 +26,9 @@ def make_torch(batch: int = 4, context: int = 256) -> Engine:
     from worker.engine.torch_engine import TorchEngine
 
     model = tiny_model("llama", max_position_embeddings=context)
-    return TorchEngine(EngineOptions(max_batch_size=batch), loaded=loaded(model, eos_ids=(96,)))
+    return TorchEngine(
+        EngineOptions(max_batch_size=batch, threads=1), loaded=loaded(model, eos_ids=(96,))
+    )
 
 
 ENGINES = [

@@ -1,4 +1,4 @@
-"""The torch engine computes what transformers computes, whoever joins, leaves, waits or is cut in pieces."""
+"""The torch engine computes what transformers computes, whoever joins, leaves or waits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,16 @@ pytestmark = pytest.mark.torch
 LENGTHS = (1, 3, 16, 17, 33, 60, 90, 5)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def engine_of(model: Any, batch: int = 8, eos: tuple[int, ...] = (), **more: Any) -> TorchEngine:
     return TorchEngine(
-        EngineOptions(max_batch_size=batch), loaded=loaded(copy.deepcopy(model), eos), **more
+        EngineOptions(max_batch_size=batch, threads=1),
+        loaded=loaded(copy.deepcopy(model), eos),
+        **more,
     )
 
 
@@ -183,7 +190,7 @@ def test_a_wrong_attention_is_noticed_at_load(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Poisoned:
-    """A backend that fails whenever a certain id is in the batch, or answers with what is no number."""
+    """A backend that fails when a certain id is in the batch, or answers with no number."""
 
     def __init__(self, backend: Any, poison: int, raises: bool) -> None:
         self._backend, self._poison, self._raises = backend, poison, raises
@@ -257,6 +264,33 @@ def test_room_counts_blocks_as_well_as_places() -> None:
     engine.abort("a")
     engine.abort("b")
     assert engine.room() == 8
+
+
+def test_sequences_are_taken_together_only_if_little_is_padded() -> None:
+    from worker.engine.attention import _groups
+    from worker.engine.backend import Batch
+
+    source = random.Random(4)
+    for _ in range(50):
+        singles = sorted(source.choice([5, 60, 300, 4000]) for _ in range(source.randrange(30)))
+        pieces = [source.randrange(2, 40) for _ in range(source.randrange(3))]
+        counts = [1] * len(singles) + pieces
+        if not counts:
+            continue
+        positions = singles + [position for piece in pieces for position in range(100, 100 + piece)]
+        sequences = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        nothing = torch.empty(0)
+        batch = Batch(nothing, torch.tensor(positions), sequences, nothing, nothing)
+        seen: list[int] = []
+        for chosen, rows in _groups(batch):
+            seen += range(chosen.start, chosen.stop)
+            assert sequences[rows].unique().tolist() == list(range(chosen.start, chosen.stop))
+            if counts[chosen.start] > 1:
+                assert chosen.stop == chosen.start + 1
+            else:
+                needs = [position // 16 + 1 for position in positions[rows]]
+                assert max(needs) * len(needs) <= 1.25 * sum(needs) + 8
+        assert seen == list(range(len(counts)))
 
 
 @pytest.mark.model

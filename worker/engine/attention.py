@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -127,7 +128,7 @@ class PagedCache:
         """Allocates `count` blocks a layer, and one more that stays zero, to fill up short rows."""
 
         def blocks(heads: int, size: int) -> torch.Tensor:
-            return torch.zeros(count + 1, BLOCK_SIZE * heads * size, dtype=dtype, device=device)
+            return _zeros(count + 1, BLOCK_SIZE * heads * size, dtype, device)
 
         self.spare = count
         self.keys = {i: blocks(layer.kv_heads, layer.key_dim) for i, layer in layers.items()}
@@ -141,7 +142,7 @@ class PagedCache:
         return BLOCK_SIZE * dtype.itemsize * sum(sizes)
 
     def write(self, index: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores keys and values, [kv_heads, rows, size], at slots = block * BLOCK_SIZE + offset."""
+        """Stores keys and values, [kv_heads, rows, size], at slot = block * BLOCK_SIZE + offset."""
         for cache, new in ((self.keys[index], k), (self.values[index], v)):
             flat = new.transpose(0, 1).reshape(new.shape[1], -1)
             cache.view(-1, flat.shape[1]).index_copy_(0, slots, flat)
@@ -249,6 +250,14 @@ class PagedAttention:
             else:
                 out[group.rows] = result[0].transpose(0, 1)
         return out
+
+
+def _zeros(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(rows, width, dtype=dtype, device=device)
+    # torch would write all of it now; this memory is only taken, as zeros, once it is used.
+    memory = np.zeros((rows, width * dtype.itemsize), np.uint8)
+    return torch.from_numpy(memory).view(dtype)
 
 
 def _groups(batch: Batch) -> Iterator[tuple[slice, slice]]:

@@ -1,9 +1,9 @@
 """The next token of every row of logits, in one batched pass.
 
-A row's token depends on its own logits, its parameters and its own random number, on nothing else of
-the batch. The whole vocabulary is never sorted, nor drawn from by multinomial, which would take longer
-than the model. Top_k and top_p look among a few most likely tokens; a row for which those do not
-suffice finds its threshold from a histogram.
+A row's token depends on its own logits, its parameters and its own random number, on nothing else
+of the batch. The whole vocabulary is never sorted, nor drawn from by multinomial, which would take
+longer than the model. Top_k and top_p look among a few most likely tokens; a row for which those do
+not suffice finds its threshold from a histogram.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from worker.engine.interface import SamplingParams
 from worker.engine.randomness import uniform
 
 _CANDIDATES: Final = 64
-"""How many of the most likely tokens top_k and top_p look at first."""
+"""How many of the most likely tokens top_k and top_p choose among at first."""
 
 _STRIPE: Final = 256
 """Tokens whose probabilities are added up together: a draw looks for its stripe, then its token."""
@@ -86,7 +86,8 @@ class _Rows:
     """Rows that are drawn at random.
 
     Attributes:
-        weights: exp of (logits - the largest) / temperature, float32 [rows, stripes, _STRIPE], padded by zeros.
+        weights: exp of (logits - the largest) / temperature, float32 [rows, stripes, _STRIPE],
+            padded by zeros.
         sums: of each stripe, float64 [rows, stripes].
         uniform: float64 [rows].
         top_p: float64 [rows].
@@ -111,7 +112,7 @@ class _Rows:
         scaled = logits.new_full((len(chosen), stripes * _STRIPE), -torch.inf, dtype=torch.float32)
         inner = scaled[:, : logits.shape[1]]
         inner.copy_(logits)
-        # The largest is taken away first: dividing by a tiny temperature then overflows to -inf only.
+        # The largest is taken away first: a tiny temperature then overflows to -inf only.
         inner.sub_(inner.amax(-1, keepdim=True)).div_(heat[:, None])
         weights = scaled.exp_().view(len(chosen), stripes, _STRIPE)
         return cls(
@@ -149,7 +150,7 @@ class _Rows:
             Token ids, FAILED where there are not enough candidates.
         """
         flat = self.weights.flatten(1)
-        weight, token = flat.topk(min(_CANDIDATES, flat.shape[1]), -1)
+        weight, token = flat.topk(_CANDIDATES + 1, -1)
         # Equal ones in order of their ids, so that the choice among them is not the algorithm's.
         token, order = token.sort(-1)
         weight, order = weight.gather(1, order).sort(stable=True, dim=-1, descending=True)
@@ -163,9 +164,10 @@ class _Rows:
         mass = torch.where(limited[:, 0], summed[:, -1], self.sums.sum(-1))
         goal = (self.top_p * mass)[:, None]
         kept = torch.where(summed - kept < goal, kept, 0.0)
-        enough = torch.where(
-            limited, self.top_k[:, None] <= weight.shape[1], summed[:, -1:] >= goal
-        )
+        enough = torch.where(limited, self.top_k[:, None] <= _CANDIDATES, summed[:, -1:] >= goal)
+        # One as likely as the last that is kept may lie beyond the candidates.
+        last = (kept > 0).sum(-1, keepdim=True) - 1
+        enough &= weight.gather(1, last) > weight[:, -1:]
         summed = kept.cumsum(-1)
         target = (self.uniform * summed[:, -1]).clamp_max(_below(summed[:, -1]))[:, None]
         picked = token.gather(1, torch.searchsorted(summed, target, right=True))
@@ -185,7 +187,7 @@ class _Rows:
 
 
 def _most_likely(weights: torch.Tensor, amounts: torch.Tensor, goal: float) -> torch.Tensor:
-    """Weights with zeros in place of all but the largest, as few as have amounts of `goal` together.
+    """Weights with zeros for all but the largest, as few as have amounts of `goal` together.
 
     Args:
         weights: in [0, 1], float32 [vocabulary].

@@ -1,9 +1,9 @@
 """Which rows of which sequences the next step computes: continuous batching over a paged cache.
 
 A row is one token of one sequence. A step takes one row of every sequence that is generating and
-fills the rest of its budget with pieces of prompts. Ranks decide everything: a smaller priority number
-goes first, then the earlier arrival; when blocks run out the worst rank gives its blocks up and
-is computed again later. So the best rank always advances, and every sequence ends.
+fills the rest of its budget with pieces of prompts. Ranks decide everything: a smaller priority
+number goes first, then the earlier arrival; when blocks run out the worst rank gives its blocks up
+and is computed again later. So the best rank always advances, and every sequence ends.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Scheduler:
         Args:
             pool: of the cache.
             max_batch_size: most sequences that run at once.
-            budget: most rows of a step; more than `max_batch_size`, or a new prompt could not start.
+            budget: most rows of a step; above `max_batch_size`, or a new prompt could not start.
 
         Raises:
             ValueError: a step could not hold a row of each sequence.
@@ -89,7 +89,7 @@ class Scheduler:
         """Chooses the next step's rows and gives them their blocks.
 
         Returns:
-            Works of distinct running sequences: single rows first. Empty when there is nothing to do.
+            Works of distinct running sequences, single rows first; empty with nothing to do.
             The caller sets `sequence.computed` once the rows are computed.
         """
         step: dict[str, Work] = {}

@@ -183,7 +183,7 @@ class TorchEngine:
             self.step()
 
     def _run(self, works: list[Work]) -> list[int | str | None]:
-        """What becomes of each work: a token, None while the prompt is not read yet, or an error."""
+        """What becomes of each work: a token, None while the prompt is being read, an error."""
         logits = self._backend.step(_batch(works))
         sampling = [work for work in works if work.samples]
         draws = [

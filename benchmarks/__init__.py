@@ -1,0 +1,1 @@
+"""What the cluster costs and reaches, measured; `python -m benchmarks.run` is `make bench`."""

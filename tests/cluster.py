@@ -1,0 +1,158 @@
+"""A cluster of real processes for tests: each can be started, stopped and killed by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from realtime_serve.lifeline import Lifeline
+from realtime_serve.redis_server import RedisServer, find_binary
+
+ROOT = Path(__file__).parents[1]
+READY_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Process:
+    """One process of the cluster and its log file."""
+
+    def __init__(self, role: str, index: int, log: Path, popen: subprocess.Popen[bytes]) -> None:
+        self.role = role
+        self.index = index
+        self.log = log
+        self.popen = popen
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def signal(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+
+    def stop(self, timeout_s: float = 20.0) -> int:
+        """SIGTERM, and the exit status."""
+        self.popen.terminate()
+        return self.popen.wait(timeout_s)
+
+
+class Cluster:
+    """A server, gateways, workers and control.
+
+    Args:
+        folder: for logs and data.
+        settings: RTS_* without the prefix, for all processes.
+    """
+
+    def __init__(self, folder: Path, **settings: str | int | float) -> None:
+        self.folder = folder
+        self.settings = {"engine": "echo", "echo_step_ms": 2, "log_format": "json", **settings}
+        self.processes: list[Process] = []
+        self._lifeline = Lifeline()
+        self.redis: RedisServer
+        self.ports: list[int] = []
+
+    def __enter__(self) -> Cluster:
+        binary, _ = find_binary()
+        self.redis = RedisServer.start(binary, self.folder / "redis")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.signal(signal.SIGCONT)
+                process.kill()
+        self.redis.stop()
+        self._lifeline.close()
+        if kind is not None:
+            for process in self.processes:
+                print(f"--- {process.role}-{process.index}\n{process.log.read_text()[-3000:]}")
+
+    @property
+    def url(self) -> str:
+        """The first gateway."""
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    def start(self, role: str, **settings: str | int | float) -> Process:
+        """Starts one process; a gateway gets a port of its own."""
+        index = sum(process.role == role for process in self.processes)
+        if role == "gateway":
+            self.ports.append(free_port())
+            settings = {"port": self.ports[-1], **settings}
+        values = {**self.settings, "redis_url": self.redis.url, **settings}
+        env = {key: value for key, value in os.environ.items() if not key.startswith("RTS_")}
+        env |= {f"RTS_{key.upper()}": str(value) for key, value in values.items()}
+        env["PYTHONPATH"] = str(ROOT)
+        log = self.folder / f"{role}-{index}.log"
+        command = [sys.executable, "-m", "realtime_serve.cli", role, "--index", str(index)]
+        with log.open("wb") as out:
+            popen = subprocess.Popen(
+                self._lifeline.command(command),
+                pass_fds=self._lifeline.fds,
+                cwd=ROOT,
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        process = Process(role, index, log, popen)
+        self.processes.append(process)
+        return process
+
+    def up(self, *, gateways: int = 1, workers: int = 1, control: bool = True) -> Cluster:
+        """Starts a whole cluster and waits until it serves."""
+        for role, count in (("gateway", gateways), ("worker", workers), ("control", int(control))):
+            for _ in range(count):
+                self.start(role)
+        self.wait(workers)
+        return self
+
+    def wait(self, workers: int = 1) -> None:
+        """Until every gateway is ready and knows so many workers."""
+        deadline = time.monotonic() + READY_S
+        for port in self.ports:
+            while True:
+                status, body = self.get("/status", port)
+                ready, _ = self.get("/readyz", port)
+                if status == ready == 200 and len(body["workers"]) >= workers:
+                    break
+                assert time.monotonic() < deadline, (status, ready, body)
+                for process in self.processes:
+                    assert process.popen.poll() is None, process.log.read_text()
+                time.sleep(0.02)
+
+    def get(self, path: str, port: int | None = None) -> tuple[int, Any]:
+        """A GET on a gateway: status and body; (0, None) when nobody answers."""
+        try:
+            url = f"http://127.0.0.1:{port or self.ports[0]}{path}"
+            with urllib.request.urlopen(url, timeout=5) as reply:
+                data = reply.read()
+                is_json = "json" in reply.headers["Content-Type"]
+                return reply.status, json.loads(data) if is_json else data.decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, None
