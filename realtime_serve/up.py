@@ -53,9 +53,11 @@ def run_up(settings: Settings, screen: Screen, *, end_with_parent: bool = False)
     Returns:
         The exit status.
     """
+    # Asked now: it may end while files are still being fetched.
+    parent = os.getppid() if end_with_parent else None
     try:
         with _sigterm_as_interrupt(), _prepared(settings, screen) as (server, folder):
-            cluster = Cluster(settings, screen, server, folder, end_with_parent)
+            cluster = Cluster(settings, screen, server, folder, parent)
             return asyncio.run(cluster.run())
     except (UpError, ServerError, FolderInUse, DemoModelError) as error:
         screen.text(f"error: {error}")
@@ -121,13 +123,13 @@ class Cluster:
         screen: Screen,
         server: ServerPlan | None,
         folder: DataFolder | None,
-        end_with_parent: bool,
+        parent: int | None,
     ) -> None:
         self._settings = settings
         self._screen = screen
         self._server = server
         self._folder = folder
-        self._parent = os.getppid() if end_with_parent else None
+        self._parent = parent
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._failure: str | None = None

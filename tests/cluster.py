@@ -100,8 +100,9 @@ class Cluster:
         """Starts one process; a gateway gets a port of its own."""
         index = sum(process.role == role for process in self.processes)
         if role == "gateway":
-            self.ports.append(free_port())
-            settings = {"port": self.ports[-1], **settings}
+            settings = {"port": free_port(), **settings}
+            if settings["port"] not in self.ports:
+                self.ports.append(int(settings["port"]))
         values = {**self.settings, "redis_url": self.redis.url, **settings}
         env = {key: value for key, value in os.environ.items() if not key.startswith("RTS_")}
         env |= {f"RTS_{key.upper()}": str(value) for key, value in values.items()}

@@ -24,6 +24,7 @@ LENGTHS = (1, 3, 16, 17, 33, 60, 90, 5)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
+    # Two that wait for each other take many times as long where another process needs a core.
     torch.set_num_threads(1)
 
 
@@ -298,7 +299,7 @@ def test_the_demo_model_in_float32_is_that_of_transformers(demo_model_path: Path
     from transformers import AutoModelForCausalLM
 
     options = EngineOptions(
-        source=str(demo_model_path), dtype="float32", max_batch_size=6, kv_cache_mb=64, threads=2
+        source=str(demo_model_path), dtype="float32", max_batch_size=6, kv_cache_mb=64, threads=1
     )
     engine, files = create_engine(options)
     assert isinstance(engine, TorchEngine)
@@ -318,7 +319,7 @@ def test_the_demo_model_chats(demo_model_path: Path) -> None:
     from tokenizers import Tokenizer
 
     engine, files = create_engine(
-        EngineOptions(source=str(demo_model_path), dtype="auto", max_batch_size=2, kv_cache_mb=64)
+        EngineOptions(source=str(demo_model_path), dtype="auto", max_batch_size=2, threads=1)
     )
     engine.warm_up()
     assert engine.stats().steps == 0

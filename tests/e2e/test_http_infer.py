@@ -159,7 +159,7 @@ async def test_requests_of_others_do_not_exist(site: Site) -> None:
         assert (await site.send(method, path, None, {"X-Client-Id": "me"}))[0] == 200
     assert (await site.get(path + "/stream"))[0] == 404
     assert (await site.get(path + "/stream?client_id=me"))[0] == 200
-    for unknown in ("x", "0" * 32, "../livez", "%00"):
+    for unknown in ("x", "0" * 32, "%00"):
         assert (await site.get(f"/requests/{unknown}"))[0] == 404
 
 

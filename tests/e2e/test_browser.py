@@ -1,0 +1,112 @@
+"""The browser example in a real browser, watched over its debugging protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import shutil
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from cluster import ROOT, Cluster
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--remote-debugging-port=0"
+)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    """The address of the examples folder on a web server of its own: another origin."""
+    handler = functools.partial(Quiet, directory=str(ROOT / "examples"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/browser.html"
+        server.shutdown()
+        thread.join()
+
+
+class Tab:
+    """A page in the browser."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+
+    async def text(self, element: str) -> str:
+        expression = f"document.getElementById('{element}')?.textContent ?? ''"
+        await self._socket.send_json(
+            {"id": 1, "method": "Runtime.evaluate", "params": {"expression": expression}}
+        )
+        reply: dict[str, Any] = await self._socket.receive_json()
+        return str(reply["result"]["result"]["value"])
+
+    async def until(self, element: str, word: str) -> None:
+        async with asyncio.timeout(30):
+            while word not in await self.text(element):
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def browse(url: str, profile: Path) -> AsyncIterator[Tab]:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on PATH")
+    command = [browser, *FLAGS.split(), f"--user-data-dir={profile}", url]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        chosen = profile / "DevToolsActivePort"
+        async with asyncio.timeout(20):
+            while not chosen.exists() or len(chosen.read_text().splitlines()) < 2:
+                await asyncio.sleep(0.05)
+        port = chosen.read_text().splitlines()[0]
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.1:{port}/json") as reply:
+                tabs = await reply.json()
+            address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+            async with session.ws_connect(address) as socket:
+                yield Tab(socket)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def test_the_page_streams_an_answer(page: str, tmp_path: Path) -> None:
+    with Cluster(tmp_path, cors_origins=page.rpartition("/")[0]) as cluster:
+        cluster.up(control=False)
+        async with browse(f"{page}?url={cluster.url}&ask=hello", tmp_path / "profile") as tab:
+            await tab.until("state", "done, 256 tokens")
+            assert len(await tab.text("answer")) == 256
+
+
+async def test_the_page_goes_on_after_its_gateway_died(page: str, tmp_path: Path) -> None:
+    with Cluster(tmp_path, cors_origins="*", echo_step_ms=10) as cluster:
+        cluster.up(control=False)
+        async with browse(f"{page}?url={cluster.url}&ask=hello", tmp_path / "profile") as tab:
+            await tab.until("state", "tokens")
+            cluster.processes[0].kill()
+            cluster.start("gateway", port=cluster.ports[0])
+            await tab.until("state", "done, 256 tokens")
+            assert len(await tab.text("answer")) == 256
+
+
+async def test_another_origin_is_not_allowed(page: str, tmp_path: Path) -> None:
+    with Cluster(tmp_path, cors_origins="http://example.invalid") as cluster:
+        cluster.up(control=False)
+        async with browse(f"{page}?url={cluster.url}&ask=hello", tmp_path / "profile") as tab:
+            await tab.until("state", "error:")
