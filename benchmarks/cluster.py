@@ -1,0 +1,103 @@
+"""Our own cluster under test: `realtime-serve up` with a data folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.load import Target
+from benchmarks.server import HOST, Server, cpu_s, free_port, get, main_thread_cpu_s
+from shared.settings import ENV_PREFIX, Settings
+
+_START_S = 300.0
+_ROLES = ("gateway", "worker", "control")
+_ROOT = Path(__file__).parents[1]
+
+
+class Cluster:
+    """Server, control, worker and gateway, as `up` starts them.
+
+    Args:
+        data_dir: where a folder for this cluster's own server is made, and removed at the end.
+        **settings: of the cluster.
+
+    Attributes:
+        started_s: how long the start took.
+    """
+
+    def __init__(self, data_dir: Path, **settings: Any) -> None:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="bench-", dir=data_dir))
+        self._settings = Settings(
+            port=free_port(),
+            data_dir=self._folder,
+            drain_grace_s=2.0,
+            log_level="warning",
+            **settings,
+        )
+        foreign = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
+        argv = [sys.executable, "-m", "realtime_serve.cli", "up"]
+        env = foreign | self._settings.to_env()
+        self._server = Server(argv, env, self._settings.port, _ROOT)
+        try:
+            self.started_s = self._server.wait(self._is_ready, _START_S)
+            self._roles = self._find_roles()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def target(self) -> Target:
+        """How requests are sent to it: greedy, and to their full length."""
+        fields = {
+            "model": self._settings.models()[0].name,
+            "stream": True,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        return Target(HOST, self._settings.port, "/v1/completions", fields)
+
+    def read_cpu(self) -> dict[str, float]:
+        """CPU time so far by process; the worker's event loop and its engine thread(s) apart."""
+        found = {role: cpu_s(process) for role, process in self._roles.items()}
+        loop = main_thread_cpu_s(self._roles["worker"])
+        return {
+            "server": found["server"],
+            "gateway": found["gateway"],
+            "worker loop": loop,
+            "worker engine": found["worker"] - loop,
+            "control": found["control"],
+        }
+
+    def stop(self) -> None:
+        """Stops it and removes its data."""
+        self._server.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _is_ready(self) -> bool:
+        if get(self._settings.port, "/readyz")[0] != 200:
+            return False
+        status, body = get(self._settings.port, "/status")
+        return status == 200 and bool(json.loads(body)["workers"])
+
+    def _find_roles(self) -> dict[str, psutil.Process]:
+        roles = {}
+        for process in self._server.family()[1:]:
+            words = process.cmdline()
+            role = next((role for role in _ROLES if role in words), "server")
+            roles[role] = process
+        return roles
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()

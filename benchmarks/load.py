@@ -1,0 +1,199 @@
+"""What is asked of a server or an engine, and the process that asks it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from benchmarks.figures import BenchError, Figures
+from realtime_serve.lifeline import Lifeline
+
+BESIDE_ENGINE = 5
+"""Nice value of the client, as of everything else that `up` runs beside an engine."""
+_START_S = 60.0
+_WARM_UP_TOKENS = 8
+_TRIES = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """C clients, each of which sends its next request when the one before has been answered.
+
+    Attributes:
+        streams: how many clients. requests: most counted requests of each.
+        no_start_after_s: no client starts another request later than this.
+        limit_s: when the run has failed.
+    """
+
+    streams: int
+    requests: int
+    prompt_tokens: int = 64
+    output_tokens: int = 64
+    no_start_after_s: float = 60.0
+    limit_s: float = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go, and what they say beside prompt and length."""
+
+    host: str
+    port: int
+    path: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Prompts:
+    """Texts of exactly so many tokens, no two alike.
+
+    Args:
+        tokenizer_json: of the model.
+        seed: other seeds give other texts.
+    """
+
+    def __init__(self, tokenizer_json: str, seed: int = 0) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._random = random.Random(seed)
+        texts = (self._tokenizer.decode([i]) for i in range(self._tokenizer.get_vocab_size()))
+        self._words = [text for text in texts if re.fullmatch(" [a-z]{2,}", text)]
+        # A vocabulary of bytes has no words.
+        self._words = self._words or list("abcdefghijklmnopqrstuvwxyz")
+
+    def text(self, tokens: int) -> str:
+        """A text of random words."""
+        for _ in range(_TRIES):
+            text = "".join(self._random.choices(self._words, k=tokens))
+            if len(self._tokenizer.encode(text).ids) == tokens:
+                return text
+        raise BenchError(f"found no text of {tokens} tokens for this tokenizer")
+
+    def ids(self, tokens: int) -> list[int]:
+        """The same as token ids."""
+        return list(self._tokenizer.encode(self.text(tokens)).ids)
+
+
+def run_load(
+    target: Target, load: Load, prompts: Prompts, read_cpu: Callable[[], Mapping[str, float]]
+) -> Figures:
+    """Runs the client in a process of its own.
+
+    Args:
+        target: the server. load: on it. prompts: for it.
+        read_cpu: the CPU times so far of the server's processes.
+
+    Raises:
+        BenchError: a request failed, or the client did.
+    """
+    job = {
+        "host": target.host,
+        "port": target.port,
+        "path": target.path,
+        "warm_up": [
+            [_body(target, prompts, load.prompt_tokens, min(_WARM_UP_TOKENS, load.output_tokens))]
+            for _ in range(load.streams)
+        ],
+        "lanes": [
+            [
+                _body(target, prompts, load.prompt_tokens, load.output_tokens)
+                for _ in range(load.requests)
+            ]
+            for _ in range(load.streams)
+        ],
+        "no_start_after_s": load.no_start_after_s,
+        "limit_s": load.limit_s,
+    }
+    with Companion("benchmarks.client", nice=BESIDE_ENGINE) as client:
+        client.say(job)
+        before = client.hear(load.limit_s + _START_S, lambda line: read_cpu())
+        after = client.hear(load.limit_s, lambda line: read_cpu())
+        result = client.hear(_START_S, json.loads)
+    return _figures(result, load, {name: after[name] - before[name] for name in before})
+
+
+def _body(target: Target, prompts: Prompts, prompt_tokens: int, output_tokens: int) -> str:
+    prompt = prompts.text(prompt_tokens)
+    return json.dumps({**target.fields, "prompt": prompt, "max_tokens": output_tokens})
+
+
+def _figures(result: dict[str, Any], load: Load, cpu_s: dict[str, float]) -> Figures:
+    errors = list(result["errors"])
+    odd = [count for count in result["tokens"] if count != load.output_tokens]
+    if odd:
+        errors.append(f"{len(odd)} streams were not {load.output_tokens} tokens long: {odd[:5]}")
+    if errors:
+        shown = "\n  ".join(str(error)[:800] for error in errors[:3])
+        raise BenchError(f"{len(errors)} errors, the first:\n  {shown}")
+    return Figures(
+        tokens=sum(result["tokens"]),
+        seconds=result["seconds"],
+        cpu_s={**cpu_s, "client": result["cpu_s"]},
+        ttft_ms=result["ttft_ms"],
+        gap_ms=result["gap_ms"],
+    )
+
+
+class Companion:
+    """A module of ours in a process of its own: a line of JSON in, lines out.
+
+    Args:
+        module: to run.
+        nice: how far it steps back.
+    """
+
+    def __init__(self, module: str, *, nice: int = 0) -> None:
+        self._module = module
+        self._lifeline = Lifeline()
+        self._process = subprocess.Popen(
+            self._lifeline.command([sys.executable, "-m", module], nice),
+            pass_fds=self._lifeline.fds,
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def say(self, value: Any) -> None:
+        """Sends a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(value) + "\n")
+        self._process.stdin.flush()
+
+    def hear(self, within_s: float, read: Callable[[str], T]) -> T:
+        """The next line, read by `read` at once when it comes.
+
+        Raises:
+            BenchError: none came in time, or one that says what failed.
+        """
+        assert self._process.stdout is not None
+        timer = threading.Timer(within_s, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+            value = read(line) if line else None
+        finally:
+            timer.cancel()
+        if value is None:
+            raise BenchError(f"{self._module} ended, or said nothing for {within_s:.0f} s")
+        if line.startswith('{"failed"'):
+            raise BenchError(f"{self._module}: {json.loads(line)['failed']}")
+        return value
+
+    def __enter__(self) -> Companion:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._lifeline.close()
