@@ -24,6 +24,7 @@ class EngineLoop:
     """An engine in a process of its own, at the priority that `up` gives a worker.
 
     Args:
+        data_dir: where converted models are kept.
         engine, source, max_batch_size, echo_step_ms: see `EngineOptions`.
 
     Attributes:
@@ -31,10 +32,17 @@ class EngineLoop:
     """
 
     def __init__(
-        self, *, engine: str, source: str, max_batch_size: int, echo_step_ms: float
+        self,
+        data_dir: Path,
+        *,
+        engine: str,
+        source: str,
+        max_batch_size: int,
+        echo_step_ms: float,
     ) -> None:
         self._companion = Companion("benchmarks.engine_loop")
         options = {
+            "data_dir": str(data_dir),
             "engine": engine,
             "source": source,
             "max_batch_size": max_batch_size,
@@ -120,9 +128,10 @@ def closed_loop(
 def main() -> int:
     """Serves the process that started this one."""
     options = json.loads(sys.stdin.readline())
+    data_dir = Path(options.pop("data_dir"))
     try:
         began = time.perf_counter()
-        engine, files = create_engine(EngineOptions(data_dir=Path("."), **options))
+        engine, files = create_engine(EngineOptions(data_dir=data_dir, **options))
         loaded = time.perf_counter()
         engine.warm_up()
         info = engine.info

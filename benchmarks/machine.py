@@ -23,7 +23,9 @@ def describe(server: str) -> dict[str, Any]:
     """
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
@@ -39,7 +41,9 @@ def _cpu() -> str:
         if named := re.search(r"^model name\s*:\s*(.*)$", text, re.M):
             flags = re.search(r"^flags\s*:\s*(.*)$", text, re.M)
             known = set(flags[1].split()) if flags else set()
-            useful = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known]
+            useful = [
+                flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known
+            ]
             return f"{named[1]} ({', '.join(useful)})" if useful else named[1]
     return platform.processor() or platform.machine()
 

@@ -23,7 +23,7 @@ log = logging.getLogger("gateway.access")
 _ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
 """Answered even with too many connections."""
 _WHILE_DRAINING = _ALWAYS | {"/health", "/status"}
-_QUIET = frozenset({"/livez", "/readyz", "/metrics", "/health"})
+_QUIET = frozenset({"/livez", "/readyz", "/metrics", "/health", "/status"})
 """Asked for every few seconds by machines: not worth a line at the usual level."""
 
 

@@ -120,10 +120,18 @@ class Settings:
         0, "CPU threads of the engine; 0 = one for each core", _WORKER, low=0, high=1024
     )
     queue_limit: int = _setting(
-        1000, "most requests waiting for one model", _GATEWAY, low=1, high=10_000_000
+        1000,
+        "most requests waiting for one model in one priority",
+        _GATEWAY,
+        low=1,
+        high=10_000_000,
     )
     queue_bytes: int = _setting(
-        268_435_456, "most bytes waiting for one model", _GATEWAY, low=65_536, high=2**40
+        268_435_456,
+        "most bytes waiting for one model in one priority",
+        _GATEWAY,
+        low=65_536,
+        high=2**40,
     )
     max_connections: int = _setting(
         2000, "most open client connections of one gateway", _GATEWAY, low=1, high=1_000_000
@@ -132,10 +140,7 @@ class Settings:
         1_048_576, "longest request body, in bytes", _GATEWAY, low=1024, high=4_194_304
     )
     data_dir: Path = _setting(  # noqa: RUF009 (a field, not a shared value)
-        Path("~/.cache/realtime-serve"), "folder for models and for the server's data", _ALL
-    )
-    admin_token: str = _setting(
-        "", "bearer token of the admin endpoints; empty = they are off", _GATEWAY, secret=True
+        Path("~/.cache/realtime-serve"), "folder for models and for the server's data", ("up", "worker")
     )
     log_format: str = _setting(
         "auto",
@@ -156,7 +161,7 @@ class Settings:
     lease_ms: int = _setting(
         3000,
         "an engine with requests and no progress for this long is dead, in ms",
-        ("worker", "control"),
+        _WORKER,
         low=200,
         high=60_000,
     )
@@ -172,7 +177,7 @@ class Settings:
     tokens_per_minute: int = _setting(
         0,
         "prompt + max_tokens a minute for each caller; 0 = no limit",
-        ("gateway", "control"),
+        _GATEWAY,
         low=0,
         high=1_000_000_000,
     )
@@ -207,10 +212,10 @@ class Settings:
         30.0, "time that SIGTERM leaves to running streams, in s", _BOTH, low=0, high=3600
     )
     retention_s: float = _setting(
-        30.0, "a finished stream can be read this long, in s", _BOTH, low=1, high=86_400
+        30.0, "a finished stream can be read this long, in s", _GATEWAY, low=1, high=86_400
     )
     resumable_retention_s: float = _setting(
-        300.0, "the same for a resumable stream, in s", _BOTH, low=1, high=86_400
+        300.0, "the same for a resumable stream, in s", _GATEWAY, low=1, high=86_400
     )
     max_grace_s: float = _setting(
         3600.0,
@@ -218,9 +223,6 @@ class Settings:
         _GATEWAY,
         low=0,
         high=86_400,
-    )
-    metrics_port: int = _setting(
-        0, "TCP port of the worker's Prometheus metrics; 0 = off", _WORKER, low=0, high=65535
     )
 
     def __post_init__(self) -> None:

@@ -118,6 +118,13 @@ def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
         assert got == [alone[i] for i in chosen]
 
 
+def test_rows_that_need_more_candidates_keep_their_places() -> None:
+    table = logits(6, 3000, 2.0)
+    draws = [draw(i, top_k=900 * (i % 2 == 0)) for i in range(6)]
+    alone = [sample(table[i : i + 1], [draws[i]])[0] for i in range(6)]
+    assert sample(table, draws) == alone
+
+
 def test_only_seed_choice_and_position_change_the_random_number() -> None:
     assert uniform(1, 2, 3) == uniform(1, 2, 3)
     keys = [(s, c, p) for s in (0, 1, 2**63 - 1) for c in range(4) for p in range(500)]

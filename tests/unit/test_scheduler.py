@@ -87,7 +87,6 @@ def test_when_blocks_run_out_the_worst_rank_gives_way_and_is_computed_again() ->
     scheduler = make(blocks=4, budget=64)
     scheduler.add(sequence("a", 0, 16, most=20))
     scheduler.add(sequence("b", 1, 15, most=20))
-    # A newcomer is let in only if those that run could still grow.
     assert [rid for rid, _, _ in run(scheduler)] == ["a", "b"]
     while scheduler.preemptions == 0:
         run(scheduler)
@@ -99,6 +98,18 @@ def test_when_blocks_run_out_the_worst_rank_gives_way_and_is_computed_again() ->
     while "b" not in scheduler.running:
         works = run(scheduler)
     assert ("b", 0, known) in works
+
+
+def test_a_newcomer_leaves_those_that_run_a_block_to_grow() -> None:
+    scheduler = make(blocks=4, budget=64)
+    scheduler.add(sequence("a", 0, 30))
+    run(scheduler)
+    scheduler.add(sequence("b", 1, 30))
+    assert [rid for rid, _, _ in run(scheduler)] == ["a"]
+    assert scheduler.pool.free == 2
+    assert scheduler.room() == 0
+    scheduler.remove("a")
+    assert [rid for rid, _, _ in run(scheduler)] == ["b"]
 
 
 def test_nobody_overtakes_a_long_prompt_that_waits_for_memory() -> None:

@@ -1,0 +1,1 @@
+"""Other servers, measured by the same client under the same load, where they are installed."""
