@@ -13,13 +13,14 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
 from benchmarks.transcript import BadResponse, read_response
 
-_LAST_CHUNK = b"0\r\n\r\n"
+# With the end of the chunk before it: the head of a response may end in "0\r\n\r\n", too.
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
 _CONNECT_S = 10.0
 
 
@@ -59,8 +60,7 @@ class Lane(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio's Protocol."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         """Stores; the only code that runs for each token."""
@@ -95,8 +95,8 @@ class Lane(asyncio.Protocol):
             self._end("")
 
     def _end(self, error: str) -> None:
+        self.error = self.error or error
         if self._over is not None and not self._over.done():
-            self.error = error
             self._over.set_result(None)
 
 

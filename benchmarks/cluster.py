@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.load import Target
+from benchmarks.figures import Figures
+from benchmarks.load import Load, Prompts, Target, run_load
 from benchmarks.server import HOST, Server, cpu_s, free_port, get, main_thread_cpu_s
 from shared.settings import ENV_PREFIX, Settings
 
@@ -53,9 +54,12 @@ class Cluster:
             self.stop()
             raise
 
-    @property
-    def target(self) -> Target:
-        """How requests are sent to it: greedy, and to their full length."""
+    def run(self, load: Load, prompts: Prompts) -> Figures:
+        """Runs a load: greedy, and to the full length.
+
+        Raises:
+            BenchError: a request failed.
+        """
         fields = {
             "model": self._settings.models()[0].name,
             "stream": True,
@@ -63,7 +67,8 @@ class Cluster:
             "ignore_eos": True,
             "stream_options": {"include_usage": True},
         }
-        return Target(HOST, self._settings.port, "/v1/completions", fields)
+        target = Target(HOST, self._settings.port, "/v1/completions", fields)
+        return run_load(target, load, prompts, self.read_cpu)
 
     def read_cpu(self) -> dict[str, float]:
         """CPU time so far by process; the worker's event loop and its engine thread(s) apart."""

@@ -17,7 +17,8 @@ class Figures:
     """One run of a load.
 
     Attributes:
-        tokens: generated in all counted requests. seconds: from the first request to the last answer.
+        tokens: generated in all counted requests.
+        seconds: from the first request to the last answer.
         cpu_s: CPU time in these seconds, by process.
         ttft_ms: one for each request. gap_ms: one for each token after the first.
     """

@@ -90,7 +90,9 @@ def run_load(
     """Runs the client in a process of its own.
 
     Args:
-        target: the server. load: on it. prompts: for it.
+        target: the server.
+        load: on it.
+        prompts: for it.
         read_cpu: the CPU times so far of the server's processes.
 
     Raises:
@@ -181,14 +183,17 @@ class Companion:
         timer.start()
         try:
             line = self._process.stdout.readline()
-            value = read(line) if line else None
+            whole = line.endswith("\n")
+            failed = line.startswith('{"failed"')
+            if whole and not failed:
+                return read(line)
         finally:
             timer.cancel()
-        if value is None:
-            raise BenchError(f"{self._module} ended, or said nothing for {within_s:.0f} s")
-        if line.startswith('{"failed"'):
+        if whole:
             raise BenchError(f"{self._module}: {json.loads(line)['failed']}")
-        return value
+        self._process.kill()
+        status = self._process.wait()
+        raise BenchError(f"{self._module} ended with {status} or was silent for {within_s:.0f} s")
 
     def __enter__(self) -> Companion:
         return self

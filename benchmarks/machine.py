@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 
 _PACKAGES = ("torch", "transformers", "aiohttp", "uvloop", "redis", "hiredis", "msgspec")
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Instructions that decide how fast a model runs on a CPU."""
 
 
 def describe(server: str) -> dict[str, Any]:
@@ -23,12 +25,10 @@ def describe(server: str) -> dict[str, Any]:
     """
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": _cores(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "load_before": [round(load, 2) for load in os.getloadavg()],
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "server": server,
         "packages": _versions(),
@@ -41,11 +41,15 @@ def _cpu() -> str:
         if named := re.search(r"^model name\s*:\s*(.*)$", text, re.M):
             flags = re.search(r"^flags\s*:\s*(.*)$", text, re.M)
             known = set(flags[1].split()) if flags else set()
-            useful = [
-                flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known
-            ]
+            useful = [flag for flag in _FLAGS if flag in known]
             return f"{named[1]} ({', '.join(useful)})" if useful else named[1]
     return platform.processor() or platform.machine()
+
+
+def _cores() -> int | None:
+    """Those that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count()
 
 
 def _versions() -> dict[str, str]:

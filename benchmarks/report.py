@@ -58,8 +58,8 @@ class Report:
             rows = [((f"{step:g} ms", n), r) for (step, n), r in self.transport.items()]
             parts += [
                 "## The transport alone: the echo engine",
-                "A step of the engine costs its sleep and nothing else; with 0 ms the figure is what "
-                "the transport carries when nothing but itself holds it back.",
+                "A step of the engine costs its sleep and nothing else; with 0 ms it is what the "
+                "transport carries when nothing but itself holds it back.",
                 _latency_table(("step", "streams"), rows),
                 "CPU time for each token (us):",
                 _cpu_table(("step", "streams"), rows),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks import machine
 from benchmarks.cluster import Cluster
 from benchmarks.engine_loop import EngineLoop
 from benchmarks.figures import BenchError, Figures, Rounds
-from benchmarks.load import Load, Prompts, run_load
+from benchmarks.load import Load, Prompts
 from benchmarks.report import Report
 from benchmarks.rivals.servers import RIVALS, Rival, RunningRival, installed
 from realtime_serve.redis_server import ServerError, find_binary
@@ -59,6 +61,13 @@ class Plan:
 PARTS = ("cluster", "transport", "rivals")
 
 
+class Subject(Protocol):
+    """Whatever a load can be run on."""
+
+    def run(self, load: Load, prompts: Prompts) -> Figures:
+        """Runs it."""
+
+
 class Bench:
     """One run: measures what the plan says, and tells the screen how it goes."""
 
@@ -83,55 +92,53 @@ class Bench:
     def _alone_and_cluster(self) -> None:
         plan, report = self._plan, self.report
         size = max(32, *plan.streams)
-        options = {"engine": plan.engine, "max_batch_size": size, "echo_step_ms": plan.echo_step_ms}
-        self._screen.step(f"starting the engine alone: {plan.engine} {plan.model_name}")
-        with EngineLoop(plan.data_dir, source=plan.model, **options) as alone:  # type: ignore[arg-type]
+        named = f"{plan.model_name}={plan.model}" if plan.model else ""
+        self._screen.step(f"starting the engine alone: {plan.engine} {plan.model_name}".rstrip())
+        with ExitStack() as stack:
+            alone = EngineLoop(
+                plan.data_dir,
+                engine=plan.engine,
+                source=plan.model,
+                max_batch_size=size,
+                echo_step_ms=plan.echo_step_ms,
+            )
+            stack.enter_context(alone)
             info = alone.info
             report.model = f"Engine {info['name']} on {info['device']} ({info['dtype']})" + (
                 f", model {plan.model_name}" if plan.model else ""
             )
             report.starts_s["engine alone"] = info["load_s"] + info["warm_up_s"]
             self._screen.step("starting the cluster")
-            source = f"{plan.model_name}={plan.model}" if plan.model else ""
-            with Cluster(plan.data_dir, model=source, **options) as cluster:
-                report.starts_s["cluster"] = cluster.started_s
-                for streams in plan.streams:
-                    load = replace(plan.load, streams=streams)
-                    report.alone[streams] = Rounds()
-                    report.cluster[streams] = Rounds()
-                    for number in range(plan.rounds):
-                        prompts = Prompts(info["tokenizer"], seed=number)
-                        self._measure(
-                            report.alone[streams],
-                            f"engine alone, {streams} streams",
-                            lambda load=load, prompts=prompts: alone.run(load, prompts),  # type: ignore[misc]
-                        )
-                        self._measure(
-                            report.cluster[streams],
-                            f"cluster, {streams} streams",
-                            lambda load=load, prompts=prompts: run_load(  # type: ignore[misc]
-                                cluster.target, load, prompts, cluster.read_cpu
-                            ),
-                        )
+            cluster = Cluster(
+                plan.data_dir,
+                engine=plan.engine,
+                model=named,
+                max_batch_size=size,
+                echo_step_ms=plan.echo_step_ms,
+            )
+            stack.enter_context(cluster)
+            report.starts_s["cluster"] = cluster.started_s
+            for streams in plan.streams:
+                load = replace(plan.load, streams=streams)
+                report.alone[streams], report.cluster[streams] = Rounds(), Rounds()
+                for number in range(plan.rounds):
+                    prompts = Prompts(info["tokenizer"], seed=number)
+                    self._measure(report.alone[streams], "engine alone", alone, load, prompts)
+                    self._measure(report.cluster[streams], "cluster", cluster, load, prompts)
 
     def _transport(self) -> None:
-        plan, report = self._plan, self.report
+        plan = self._plan
         for step_ms in dict.fromkeys(step for step, _ in plan.transport):
-            self._screen.step(f"starting a cluster with the echo engine, {step_ms:g} ms a step")
+            what = f"echo engine, {step_ms:g} ms a step"
+            self._screen.step(f"starting a cluster: {what}")
             options = {"engine": "echo", "echo_step_ms": step_ms, "max_batch_size": 256}
             with Cluster(plan.data_dir, **options) as cluster:
                 for streams in [n for step, n in plan.transport if step == step_ms]:
                     load = replace(plan.transport_load, streams=streams)
-                    rounds = report.transport[step_ms, streams] = Rounds()
+                    rounds = self.report.transport[step_ms, streams] = Rounds()
                     for number in range(plan.rounds):
                         prompts = Prompts(tokenizer_json(), seed=number)
-                        self._measure(
-                            rounds,
-                            f"transport, {step_ms:g} ms a step, {streams} streams",
-                            lambda load=load, prompts=prompts, cluster=cluster: run_load(  # type: ignore[misc]
-                                cluster.target, load, prompts, cluster.read_cpu
-                            ),
-                        )
+                        self._measure(rounds, what, cluster, load, prompts)
 
     def _rivals(self) -> None:
         for rival in RIVALS:
@@ -158,30 +165,26 @@ class Bench:
                 rounds = Rounds()
                 for number in range(plan.rounds):
                     prompts = Prompts(tokenizer, seed=number)
-                    self._measure(
-                        rounds,
-                        f"{rival.name}, {streams} streams",
-                        lambda load=load, prompts=prompts: run_load(  # type: ignore[misc]
-                            running.target, load, prompts, running.read_cpu
-                        ),
-                    )
+                    self._measure(rounds, rival.name, running, load, prompts)
                 self.report.rivals[rival.name, streams] = rounds
 
-    def _measure(self, rounds: Rounds, what: str, measure: Callable[[], Figures]) -> None:
-        figures = measure()
+    def _measure(
+        self, rounds: Rounds, what: str, subject: Subject, load: Load, prompts: Prompts
+    ) -> None:
+        figures = subject.run(load, prompts)
         rounds.runs.append(figures)
         self._screen.step(
-            f"{what}: {figures.tokens_per_s:,.0f} tokens/s "
+            f"{what}, streams {load.streams}: {figures.tokens_per_s:,.0f} tokens/s "
             f"({figures.tokens} tokens in {figures.seconds:.1f} s)"
         )
 
     def _words(self) -> str:
         plan, load = self._plan, self._plan.load
         return (
-            f"Each stream is a client that sends its next request when the last has been answered, "
-            f"up to {load.requests} of them ({plan.transport_load.requests} for the transport); "
-            f"prompts of {load.prompt_tokens} tokens, no two alike, {load.output_tokens} tokens out, "
-            f"greedy; {plan.rounds} rounds."
+            "Each stream is a client that sends its next request when the last has been answered: "
+            f"{load.requests} after a short one to warm up, {plan.transport_load.requests} for the "
+            f"transport. Prompts of {load.prompt_tokens} tokens, no two alike, "
+            f"{load.output_tokens} tokens out, greedy. Rounds: {plan.rounds}."
         )
 
 

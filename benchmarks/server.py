@@ -106,14 +106,23 @@ def get(port: int, path: str) -> tuple[int, bytes]:
 
 def cpu_s(process: psutil.Process) -> float:
     """User and system time of a process so far, all its threads together."""
-    times = process.cpu_times()
+    threads = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    if exact := sum(map(_run_s, threads)):
+        return exact
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
     return float(times.user + times.system)
 
 
 def main_thread_cpu_s(process: psutil.Process) -> float:
     """The same of its main thread alone; 0 where the system does not tell."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for thread in process.threads():
-            if thread.id == process.pid:
-                return float(thread.user_time + thread.system_time)
+    return _run_s(Path(f"/proc/{process.pid}/task/{process.pid}/schedstat"))
+
+
+def _run_s(schedstat: Path) -> float:
+    """The kernel's account of a thread in ns, where other places round to 10 ms."""
+    with contextlib.suppress(OSError):
+        return int(schedstat.read_text().split()[0]) / 1e9
     return 0.0

@@ -33,11 +33,13 @@ def read_response(parts: Sequence[bytes], times: Sequence[float], sent_at: float
     """Reads a response from the pieces in which it arrived.
 
     Args:
-        parts: the pieces, from the status line to the end. times: when each arrived.
+        parts: the pieces, from the status line to the end.
+        times: when each arrived.
         sent_at: when its request was sent.
 
     Raises:
-        BadResponse: another status than 200, an error event, no [DONE], or no text.
+        BadResponse: another status than 200, an error event, neither [DONE] nor a finish reason,
+            or no text.
     """
     raw = b"".join(parts)
     ends = list(accumulate(map(len, parts)))
@@ -52,9 +54,10 @@ def read_response(parts: Sequence[bytes], times: Sequence[float], sent_at: float
             raise BadResponse(f"an error in the stream: {payload[:300]!r}")
         if _text(event):
             arrived.append(times[bisect_left(ends, end)])
+        done = done or any(choice.get("finish_reason") for choice in event.get("choices") or ())
         counted = (event.get("usage") or {}).get("completion_tokens", counted)
     if not done:
-        raise BadResponse(f"the stream ended without [DONE]: {raw[-300:]!r}")
+        raise BadResponse(f"the stream ended without an end: {raw[-300:]!r}")
     if not arrived:
         raise BadResponse(f"the stream has no text: {raw[-300:]!r}")
     gaps = [later - earlier for earlier, later in pairwise(arrived)]

@@ -24,7 +24,7 @@ KEEP_ALIVE_S = 75.0
 """A connection without a request is closed after this."""
 LAST_STEPS_S = 2.0
 """For events that say a stream is cut off, and for closing connections."""
-_DRAIN_LOOK_S = 1.0
+_HURRY_LOOK_S = 0.1
 
 
 def main(settings: Settings) -> int:
@@ -103,13 +103,14 @@ class Server:
         """
         edge = self._edge
         edge.draining = True
-        for flow in edge.flows:
-            if flow.kept and flow.response is not None:
-                flow.stop(HANDOVER)
         ends_at = asyncio.get_running_loop().time() + grace_s
         while (left_s := ends_at - asyncio.get_running_loop().time()) > 0:
+            # Each time: what was about to be accepted when it began opens a moment later.
+            for flow in edge.flows:
+                if flow.kept and flow.response is not None:
+                    flow.stop(HANDOVER)
             if (hurry is not None and hurry.is_set()) or await edge.flows.empty(
-                min(left_s, _DRAIN_LOOK_S)
+                min(left_s, _HURRY_LOOK_S)
             ):
                 break
         for flow in edge.flows:

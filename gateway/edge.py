@@ -16,6 +16,7 @@ from gateway.flows import Flows
 from gateway.hub import Hub
 from gateway.metrics import Metrics
 from gateway.models import Models
+from shared import tasks
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
 from shared.store import Store
@@ -27,6 +28,8 @@ LOOK_S = 1.0
 MOST_EXPIRED = 256
 """Ended by one call, so that Redis is not held up."""
 WITHDRAW_TRIES = 4
+ERRANDS_S = 2.0
+"""What is on its way when the gateway stops gets this long."""
 
 
 class Edge:
@@ -68,33 +71,30 @@ class Edge:
 
     async def close(self) -> None:
         """Stops all that `start` started, and waits for errands on the way."""
-        for task in self._loops:
-            task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await tasks.end(*self._loops)
         if self._errands:
-            await asyncio.wait(self._errands, timeout=2.0)
-        for task in self._errands:
-            task.cancel()
-        await asyncio.gather(*self._errands, return_exceptions=True)
+            await asyncio.wait(self._errands, timeout=ERRANDS_S)
+        await tasks.end(*self._errands)
         await self.hub.close()
         await self.store.close()
 
-    def send(self, errand: Coroutine[Any, Any, None]) -> None:
+    def send(self, errand: Coroutine[Any, Any, object]) -> None:
         """Runs something that the request at hand does not wait for."""
-        task = asyncio.create_task(errand)
+        task = asyncio.create_task(_logged(errand))
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
 
-    async def withdraw(self, rid: str, caller: str) -> None:
+    async def withdraw(self, rid: str, caller: str) -> str:
         """Cancels a request that nobody waits for, in spite of a short outage.
 
-        Where it fails, the request ends by its deadline, or because nobody listens.
+        Returns what Store.cancel does, or "" where it failed: then the request ends by its deadline,
+        or because nobody listens.
         """
         for _ in range(WITHDRAW_TRIES):
             with contextlib.suppress(StoreUnavailable):
-                await self.store.cancel(rid, caller)
-                return
+                return await self.store.cancel(rid, caller)
             await asyncio.sleep(0.5)
+        return ""
 
     async def _look_around(self) -> None:
         while True:
@@ -128,6 +128,13 @@ class Edge:
                 log.info("redis answers")
             else:
                 log.warning("redis is away", extra={"error": error.reason})
+
+
+async def _logged(errand: Coroutine[Any, Any, object]) -> None:
+    try:
+        await errand
+    except Exception:
+        log.exception("an errand failed")
 
 
 EDGE: web.AppKey[Edge] = web.AppKey("edge", Edge)

@@ -74,6 +74,7 @@ class Series:
     queue_time: Distribution = field(default_factory=lambda: Distribution(_REQUEST_BOUNDS))
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    limited: int = 0
     ended: dict[str, int] = field(default_factory=dict)
 
 
@@ -150,19 +151,16 @@ class Metrics(Collector):
         self._series: dict[tuple[str, str], Series] = {}
         self._windows: dict[str, deque[Finished]] = {}
         self.resumes = 0
-        self.limited: dict[tuple[str, str], int] = {}
 
     def meter(self, model: str, cls: str, started: float, prompt_tokens: int) -> Meter:
         """A meter for a new request."""
-        key = self._bounded(model, cls)
-        window = self._windows.setdefault(key[0], deque(maxlen=MOST_IN_WINDOW))
-        series = self._series.setdefault(key, Series())
+        name, series = self._find(model, cls)
+        window = self._windows.setdefault(name, deque(maxlen=MOST_IN_WINDOW))
         return Meter(series, window, started, prompt_tokens)
 
     def count_limited(self, model: str, cls: str) -> None:
         """A request was refused for its caller's limits."""
-        key = self._bounded(model, cls)
-        self.limited[key] = self.limited.get(key, 0) + 1
+        self._find(model, cls)[1].limited += 1
 
     def summary(self, now: float) -> dict[str, dict[str, float]]:
         """Each model's last minute: percentiles of ms to the end, tokens/s, requests/s, errors."""
@@ -191,11 +189,11 @@ class Metrics(Collector):
         yield from self._counters()
         yield from self._gauges()
 
-    def _bounded(self, model: str, cls: str) -> tuple[str, str]:
-        key = (model, cls)
-        if key in self._series or len(self._series) < MOST_SERIES:
-            return key
-        return ("other", cls)
+    def _find(self, model: str, cls: str) -> tuple[str, Series]:
+        """The series, and the model's name in it."""
+        if (model, cls) not in self._series and len(self._series) >= MOST_SERIES:
+            model = "other"
+        return model, self._series.setdefault((model, cls), Series())
 
     def _histograms(self) -> Iterable[Metric]:
         for name, text, attribute in (
@@ -218,16 +216,15 @@ class Metrics(Collector):
         success = CounterMetricFamily(
             "rts_request_success", "Ended requests.", labels=(*LABELS, "finished_reason")
         )
+        limited = CounterMetricFamily(
+            "rts_rate_limited", "Requests refused for their caller's limits.", labels=LABELS
+        )
         for key, series in self._series.items():
+            limited.add_metric(key, series.limited)
             prompt.add_metric(key, series.prompt_tokens)
             generated.add_metric(key, series.generated_tokens)
             for reason, count in series.ended.items():
                 success.add_metric((*key, reason), count)
-        limited = CounterMetricFamily(
-            "rts_rate_limited", "Requests refused for their caller's limits.", labels=LABELS
-        )
-        for key, count in self.limited.items():
-            limited.add_metric(key, count)
         yield from (prompt, generated, success, limited)
         yield CounterMetricFamily(
             "rts_stream_gaps", "Messages that were lost and read from a log.", value=self._hub.gaps

@@ -118,7 +118,7 @@ class Models:
         if data is None:
             return
         try:
-            self._served[name] = await asyncio.to_thread(_serve, data)
+            self._served[name] = await asyncio.to_thread(_serve, name, version, data)
         except Exception as error:
             # The tokenizers library raises plain Exception for a file that it cannot read.
             self._broken.add(mv)
@@ -127,11 +127,11 @@ class Models:
             log.info("serving a model", extra={"model": name, "version": version})
 
 
-def _serve(data: bytes) -> ServedModel:
+def _serve(name: str, version: str, data: bytes) -> ServedModel:
     card = messages.decode(data, messages.ModelCard)
     return ServedModel(
-        card.model,
-        card.version,
+        name,
+        version,
         card.context_length,
         card.vocab_size,
         card.created,

@@ -196,15 +196,12 @@ class _Admission:
 
     async def _undo(self) -> None:
         """After a failure in the middle: the request may or may not be in the queue."""
-        queued = False
-        if self._sent and self._sender.terms.idempotency_key is None:
-            try:
-                outcome = await self._edge.store.cancel(self._request.rid, self._request.caller)
-                queued = outcome != "unknown"
-            except StoreUnavailable:
-                await self._edge.withdraw(self._request.rid, self._request.caller)
-                return
-        if not queued:
+        if not self._sent:
+            await self._refund()
+        elif (
+            self._sender.terms.idempotency_key is None
+            and await self._edge.withdraw(self._request.rid, self._request.caller) == "unknown"
+        ):
             # What was queued is settled by its end.
             await self._refund()
 

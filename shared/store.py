@@ -17,6 +17,7 @@ import redis.asyncio as aioredis
 from redis.exceptions import NoScriptError, RedisError
 
 from shared import keys, messages
+from shared.connection import make_cancellable
 from shared.errors import StoreUnavailable
 
 SCRIPTS = (
@@ -170,6 +171,7 @@ def connect(url: str, *, timeout_s: float, connections: int = 16) -> aioredis.Re
         retry=None,
         retry_on_error=[],
     )
+    make_cancellable(pool)
     return aioredis.Redis(connection_pool=pool)
 
 

@@ -1,9 +1,10 @@
-"""A gateway in this process, on a real Redis, with a worker that generates the echo engine's letters."""
+"""A gateway in this process, on a real Redis, with a worker that gives the echo engine's text."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ import aiohttp
 
 from gateway.app import Server, create_app
 from gateway.edge import EDGE, Edge
-from shared import keys, messages
+from shared import keys, messages, tasks
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
 from shared.store import Emission, Store, connect
@@ -74,7 +75,9 @@ class FakeWorker:
     Attributes:
         step_s: time of a step. room: most requests at once; 0: it takes nothing.
         frozen: it holds what it has and emits nothing. burst: letters a step.
-        end: (reason, code, message) to end the next request with instead of letters.
+        beating: it sends heartbeats, which open its version.
+        finish: how a request ends that has all its letters.
+        end: (reason, code, message) to end requests with instead of letters.
         seen: every request it took.
     """
 
@@ -87,6 +90,8 @@ class FakeWorker:
         self.room = 64
         self.burst = 1
         self.frozen = False
+        self.beating = True
+        self.finish = "length"
         self.end: tuple[str, str, str] | None = None
         self.running: dict[str, _Running] = {}
         self.seen: list[messages.Request] = []
@@ -99,7 +104,7 @@ class FakeWorker:
         beat_at = 0.0
         while True:
             with contextlib.suppress(StoreUnavailable):
-                if time.monotonic() - beat_at > 1:
+                if self.beating and time.monotonic() - beat_at > 1:
                     await self._heartbeat()
                     beat_at = time.monotonic()
                 await self.step()
@@ -141,7 +146,7 @@ class FakeWorker:
         )
         last = state.seq + count
         if last >= sampling.max_tokens:
-            return self._last(rid, state, first, tokens, last, "length", "", "")
+            return self._last(rid, state, first, tokens, last, self.finish, "", "")
         return Emission(rid, state.epoch, first, last, tokens, last)
 
     def _last(
@@ -229,7 +234,8 @@ class Site:
     async def send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, Any, Any]:
-        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        data = None if raw is None else io.BytesIO(raw)
         sent = {"Content-Type": "application/json"} if data is not None else {}
         async with self.http.request(
             method, self.url(path), data=data, headers={**sent, **(headers or {})}
@@ -268,6 +274,5 @@ async def open_site(
             yield Site(server, edge, worker, http)
     finally:
         await server.stop()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await tasks.end(running)
         await store.close()

@@ -67,7 +67,7 @@ class Outbox:
     async def sent(self, timeout_s: float) -> None:
         """Returns after the next call to Redis, or after the time."""
         self._sent.clear()
-        # Not wait_for: until Python 3.12 it loses a cancellation that comes together with the event.
+        # Not wait_for: until Python 3.12 it loses a cancellation that comes with the event.
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._sent.wait()

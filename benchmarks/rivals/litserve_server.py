@@ -7,6 +7,8 @@ are generated together, as one batch from start to end; all prompts must have th
 Runs in an environment of its own, so it imports nothing of this project.
 """
 
+# mypy: disable-error-code="import-not-found,misc,arg-type"
+
 from __future__ import annotations
 
 import json
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 
-class Streamer(BaseStreamer):  # type: ignore[misc]
+class Streamer(BaseStreamer):
     """Hands the ids of each step, one for each sequence, to an iterator."""
 
     def __init__(self) -> None:
@@ -44,7 +46,7 @@ class Streamer(BaseStreamer):  # type: ignore[misc]
         return iter(self._steps.get, None)
 
 
-class Api(litserve.LitAPI):  # type: ignore[misc]
+class Api(litserve.LitAPI):
     """The model behind POST /predict."""
 
     def __init__(self, folder: str, batch: int) -> None:
@@ -57,7 +59,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         """Loads the model, in the process that will run it."""
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
         model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.bfloat16)
-        self._model = model.eval().to(device)
+        self._model = model.to(device)
         self._device = device
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -89,17 +91,18 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         thread = threading.Thread(target=self._generate, args=(streamer, arguments))
         thread.start()
         for ids in streamer:
-            yield [self._tokenizer.decode([token]) for token in ids]
+            yield [str(self._tokenizer.decode([token])) for token in ids]
         thread.join()
 
     def encode_response(self, output: Iterator[list[str]]) -> Iterator[Any]:
         """Server-sent events."""
         for texts in output:
-            events = [f"data: {json.dumps({'token': text})}\n\n" for text in texts]
-            yield events if self._batched else events[0]
-        done = "data: [DONE]\n\n"
+            yield self._each([f"data: {json.dumps({'token': text})}\n\n" for text in texts])
         # Zipped with the requests of the batch, however many they are.
-        yield [done] * self.max_batch_size if self._batched else done
+        yield self._each(["data: [DONE]\n\n"] * self.max_batch_size)
+
+    def _each(self, events: list[str]) -> list[str] | str:
+        return events if self._batched else events[0]
 
     def _generate(self, streamer: Streamer, arguments: dict[str, Any]) -> None:
         try:

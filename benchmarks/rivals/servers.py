@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import Target
+from benchmarks.figures import Figures
+from benchmarks.load import Load, Prompts, Target, run_load
 from benchmarks.server import HOST, Server, cpu_s, free_port, get
 
 _START_S = 180.0
@@ -118,11 +119,16 @@ class RunningRival:
             self.stop()
             raise
 
-    @property
-    def target(self) -> Target:
-        """How requests are sent to it."""
+    def run(self, load: Load, prompts: Prompts) -> Figures:
+        """Runs a load.
+
+        Raises:
+            BenchError: a request failed.
+        """
         named = {"model": str(self._model)} if self._rival.names_model else {}
-        return Target(HOST, self._server.port, self._rival.path, {**self._rival.fields, **named})
+        fields = {**self._rival.fields, **named}
+        target = Target(HOST, self._server.port, self._rival.path, fields)
+        return run_load(target, load, prompts, self.read_cpu)
 
     def read_cpu(self) -> dict[str, float]:
         """CPU time so far of all its processes together."""

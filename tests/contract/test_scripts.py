@@ -943,6 +943,29 @@ async def test_what_a_departed_engine_owns_is_taken_over(store: Store, clock: Cl
     assert await take_ids(store, "b") == ["r1"]
 
 
+async def consumers(store: Store) -> set[str]:
+    found = await store.client.xinfo_consumers(keys.queue(MV, "normal"), keys.GROUP)
+    return {consumer["name"].decode() for consumer in found}
+
+
+async def test_consumers_of_dead_engines_go(store: Store, clock: Clock) -> None:
+    for i in range(3):
+        await put(store, f"r{i}")
+    await take(store, "dead", 2)
+    await beat(store, "idle")
+    await take(store, "idle")
+    await emit(store, emission("r2", reason="stop"), engine="idle")
+    await clock.advance(LEASE_MS + 1)
+    assert await take_ids(store, "a", 1) == ["r0"]
+    assert await consumers(store) == {"a", "dead", "idle"}
+    assert await take_ids(store, "a", 1) == ["r1"]
+    assert await consumers(store) == {"a", "idle"}
+    # It owned nothing, so nobody took anything over; its heartbeat is missed.
+    await clock.advance(5001)
+    await beat(store, "a")
+    assert await consumers(store) == {"a"}
+
+
 # -- heartbeat ------------------------------------------------------------------------------------
 
 
@@ -1056,7 +1079,7 @@ async def test_limit_never_allows_more_than_the_bucket(
         for _ in range(rate + 5):
             pipe.execute_command("EVALSHA", sha, 0, "alice", rate, 60, 0)
         allowed = 1 + sum(reply[0] == 0 for reply in await pipe.execute())
-    # Time stands still, so a rounded fraction of a microsecond may cost the last; never the reverse.
+    # Time stands still, so a rounded fraction of a microsecond may cost the last one.
     assert rate - 1 <= allowed <= rate
 
 

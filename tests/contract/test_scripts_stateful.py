@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 PROFILE = settings(
-    max_examples=1500 if LONG else 60,
-    stateful_step_count=120 if LONG else 50,
+    max_examples=2000 if LONG else 80,
+    stateful_step_count=150 if LONG else 70,
     derandomize=not LONG,
     database=None,
     deadline=None,
@@ -56,12 +56,14 @@ T = TypeVar("T")
 
 callers = st.sampled_from(["alice", "bob", "carol"])
 classes = st.integers(0, 2)
+lifetimes = st.sampled_from([700, 3000, FOREVER_MS, FOREVER_MS, FOREVER_MS])
 engines = st.sampled_from(["a", "b", "c"])
+bursts = st.lists(st.tuples(callers, classes, lifetimes, st.booleans()), min_size=1, max_size=6)
 # What an engine may think it owns, and what it says of it, is picked by position.
 picks = st.integers(0, 10**6)
 kinds = st.sampled_from(["next", "next", "next", "end", "idle", "again", "gap", "overlap"])
 # Just below, at and above what the scripts compare: doubt, lease, aging, grace, engine ttl.
-steps = st.sampled_from([1, 50, 150, 151, 500, 501, 1000, 2000, 5001])
+delays = st.sampled_from([1, 50, 150, 151, 500, 501, 1000, 2000, 5001])
 
 
 class Machine(RuleBasedStateMachine):
@@ -81,9 +83,9 @@ class Machine(RuleBasedStateMachine):
         self.held: dict[str, dict[str, int]] = {"a": {}, "b": {}, "c": {}}
         self.told: list[tuple[str, str, int]] = []
         self.requests: dict[str, messages.Request] = {}
-        self.heartbeat("a")
         for engine in self.held:
-            self.hear(engine)
+            self.heartbeat(engine)
+            self.control_connection(engine)
 
     def do(self, call: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(call)
@@ -131,36 +133,32 @@ class Machine(RuleBasedStateMachine):
         return answer.outcome, answer.seq
 
     @rule(
-        caller=callers,
-        cls=classes,
-        prompt=st.integers(1, 3),
-        timeout_ms=st.sampled_from([700, 3000, FOREVER_MS, FOREVER_MS, FOREVER_MS]),
-        heard=st.booleans(),
+        burst=st.lists(
+            st.tuples(callers, classes, lifetimes, st.booleans()), min_size=1, max_size=6
+        )
     )
-    def enqueue(self, caller: str, cls: int, prompt: int, timeout_ms: int, heard: bool) -> None:
-        request = make_request(f"r{len(self.requests)}", caller, prompt)
-        if self._put(request, cls, timeout_ms)[0] == "accepted":
-            self.requests[request.rid] = request
-            if heard:
-                self.listen(len(self.requests) - 1)
+    def enqueue(self, burst: list[tuple[str, int, int, bool]]) -> None:
+        for caller, cls, timeout_ms, heard in burst:
+            request = make_request(f"r{len(self.requests)}", caller, 1 + len(self.requests) % 3)
+            if self._put(request, cls, timeout_ms)[0] == "accepted":
+                self.requests[request.rid] = request
+                if heard:
+                    self.listener(len(self.requests) - 1)
 
     def _rid(self, pick: int) -> str:
         return list(self.requests)[pick % len(self.requests)]
 
     @precondition(lambda self: self.requests)
-    @rule(pick=picks)
-    def enqueue_again(self, pick: int) -> None:
-        request = self.requests[self._rid(pick)]
-        outcome, seq = self._put(request, 1, FOREVER_MS)
-        assert (outcome, seq) == ("attached", len(self.model.jobs[request.rid].tokens))
-
-    @precondition(lambda self: self.requests)
-    @rule(pick=picks, other_caller=st.booleans())
-    def enqueue_conflict(self, pick: int, other_caller: bool) -> None:
+    @rule(pick=picks, what=st.sampled_from(["same", "other caller", "other body"]))
+    def enqueue_again(self, pick: int, what: str) -> None:
         old = self.requests[self._rid(pick)]
-        caller = "mallory" if other_caller else old.caller
-        request = make_request(old.rid, caller, len(old.prompt) + (not other_caller))
-        assert self._put(request, 1, FOREVER_MS)[0] == "conflict"
+        caller = "mallory" if what == "other caller" else old.caller
+        request = make_request(old.rid, caller, len(old.prompt) + (what == "other body"))
+        outcome, seq = self._put(request, 1, FOREVER_MS)
+        if what == "same":
+            assert (outcome, seq) == ("attached", len(self.model.jobs[old.rid].tokens))
+        else:
+            assert outcome == "conflict"
 
     @precondition(lambda self: self.requests)
     @rule(pick=picks, foreign=st.sampled_from([False, False, False, True]))
@@ -169,28 +167,24 @@ class Machine(RuleBasedStateMachine):
         caller = "mallory" if foreign else self.requests[rid].caller
         assert self.do(self.store.cancel(rid, caller)) == self.model.cancel(rid, caller)
 
-    @rule()
-    def expire(self) -> None:
-        assert set(self.do(self.store.expire())) == self.model.expire()
-
     @precondition(lambda self: self.requests)
     @rule(pick=picks)
-    def listen(self, pick: int) -> None:
-        rid = self._rid(pick)
-        if rid not in self.model.listened:
-            self.model.listened.add(rid)
-            self._subscribe(keys.log(rid), True)
-
-    @precondition(lambda self: self.model.listened)
-    @rule(pick=picks)
-    def leave(self, pick: int) -> None:
-        rid = sorted(self.model.listened)[pick % len(self.model.listened)]
-        self.model.listened.remove(rid)
-        self._subscribe(keys.log(rid), False)
+    def listener(self, pick: int) -> None:
+        """Somebody begins to listen to a request, or goes."""
+        self._toggle(self.model.listened, rid := self._rid(pick), keys.log(rid))
 
     # -- engines --
 
-    @rule(engine=engines)
+    @rule(engine=engines, what=st.sampled_from(["heartbeat", "heartbeat", "depart", "connection"]))
+    def membership(self, engine: str, what: str) -> None:
+        """An engine announces itself, goes, or loses or regains its control connection."""
+        if what == "heartbeat":
+            self.heartbeat(engine)
+        elif what == "depart":
+            assert self.do(self.store.depart(MV, engine)) == self.model.depart(engine)
+        else:
+            self.control_connection(engine)
+
     def heartbeat(self, engine: str) -> None:
         card = messages.EngineCard(
             messages.VERSION, engine, "echo", "", "", "", 1, 8, 0, 0, 0.0, False, 0.0
@@ -198,10 +192,11 @@ class Machine(RuleBasedStateMachine):
         assert self.do(self.store.heartbeat(MODEL, VERSION, engine, card)) == VERSION
         self.model.heartbeat(engine, ENGINE_TTL_MS)
 
+    @precondition(lambda self: self.model.all_waiting or self.model.leases)
     @rule(
         engine=engines,
-        room=st.integers(0, 5),
-        lost=st.sampled_from([False, False, False, True]),
+        room=st.sampled_from([0, 1, 1, 2, 3, 8]),
+        lost=st.sampled_from([False, False, True]),
         knows=st.sampled_from([False, False, True]),
     )
     def take(self, engine: str, room: int, lost: bool, knows: bool) -> None:
@@ -267,10 +262,22 @@ class Machine(RuleBasedStateMachine):
             if outcome == "fenced" or outcome == "ended" or e.reason:
                 self.held[engine].pop(e.rid, None)
 
-    @rule(engine=engines, said=st.lists(st.tuples(kinds, st.integers(1, 3)), max_size=6))
-    def step(self, engine: str, said: list[tuple[str, int]]) -> None:
-        """A step of an engine over what it believes it owns; with nothing, it renews the lease."""
+    def _busy(self) -> list[str]:
+        return [engine for engine, held in self.held.items() if held]
+
+    @precondition(lambda self: self._busy())
+    @rule(pick=picks, said=st.lists(st.tuples(kinds, st.integers(1, 3)), min_size=2, max_size=6))
+    def step(self, pick: int, said: list[tuple[str, int]]) -> None:
+        """A step of an engine over what it believes it owns."""
+        engine = self._busy()[pick % len(self._busy())]
         self._emit(engine, list(self.held[engine].items()), said)
+
+    @precondition(lambda self: self._busy())
+    @rule(n=st.integers(0, 2), times=st.integers(1, 3))
+    def undisturbed_steps(self, n: int, times: int) -> None:
+        """All busy engines go on, with or without tokens."""
+        for engine in self._busy() * times:
+            self._emit(engine, list(self.held[engine].items()), [("next", n)] * 9)
 
     @precondition(lambda self: self.told)
     @rule(pick=picks, kind=kinds, n=st.integers(1, 3))
@@ -279,6 +286,7 @@ class Machine(RuleBasedStateMachine):
         engine, rid, epoch = self.told[pick % len(self.told)]
         self._emit(engine, [(rid, epoch)], [(kind, n)])
 
+    @precondition(lambda self: self._busy())
     @rule(engine=engines)
     def release(self, engine: str) -> None:
         owned = list(self.held[engine].items())
@@ -295,10 +303,7 @@ class Machine(RuleBasedStateMachine):
         if self.held[engine].get(rid) == epoch:
             del self.held[engine][rid]
 
-    @rule(engine=engines)
-    def depart(self, engine: str) -> None:
-        assert self.do(self.store.depart(MV, engine)) == self.model.depart(engine)
-
+    @precondition(lambda self: self.model.leases)
     @rule(engine=engines)
     def crash(self, engine: str) -> None:
         """It says nothing for longer than its lease, and comes back knowing nothing."""
@@ -308,18 +313,41 @@ class Machine(RuleBasedStateMachine):
             lease = {engine: self.model.leases[engine]}
             self.do(self.store.client.zadd(keys.leases(MV), lease))
 
-    @rule(engine=engines)
-    def silence(self, engine: str) -> None:
-        """Its control connection breaks."""
-        if engine in self.model.subscribed:
-            self.model.subscribed.remove(engine)
-            self._subscribe(keys.control_channel(engine), False)
+    @precondition(lambda self: self._busy())
+    @rule(
+        pick=picks,
+        other=engines,
+        deaths=st.sampled_from([1, 1, 2, 3, 4]),
+        progress=st.sampled_from([False, False, False, True]),
+    )
+    def crashes_in_a_row(self, pick: int, other: str, deaths: int, progress: bool) -> None:
+        """Whoever takes over dies of it too."""
+        engine = self._busy()[pick % len(self._busy())]
+        for _ in range(deaths):
+            if progress:
+                self._emit(engine, list(self.held[engine].items()), [("next", 2)] * 9)
+            self.crash(engine)
+            if engine == other:
+                other = "abc"["abc".index(engine) - 1]
+            self.take(other, 8, False, False)
+            engine, other = other, engine
 
-    @rule(engine=engines)
-    def hear(self, engine: str) -> None:
-        if engine not in self.model.subscribed:
-            self.model.subscribed.add(engine)
-            self._subscribe(keys.control_channel(engine), True)
+    @precondition(lambda self: self._busy())
+    @rule(pick=picks, ms=delays, other=engines)
+    def slow_step(self, pick: int, ms: int, other: str) -> None:
+        """Another engine looks while one computes for long."""
+        engine = self._busy()[pick % len(self._busy())]
+        self._emit(engine, list(self.held[engine].items()), [("next", 1)] * 9)
+        self.time_passes(ms, janitor=False)
+        self.take(other, 3, False, False)
+        self._emit(engine, list(self.held[engine].items()), [("next", 1)] * 9)
+
+    def control_connection(self, engine: str) -> None:
+        self._toggle(self.model.subscribed, engine, keys.control_channel(engine))
+
+    def _toggle(self, there: set[str], name: str, channel: str) -> None:
+        there ^= {name}
+        self._subscribe(channel, name in there)
 
     def _subscribe(self, channel: str, on: bool) -> None:
         async def call() -> None:
@@ -338,11 +366,14 @@ class Machine(RuleBasedStateMachine):
 
     # -- the world --
 
-    @rule(ms=steps)
-    def time_passes(self, ms: int) -> None:
+    @rule(ms=delays, janitor=st.booleans())
+    def time_passes(self, ms: int, janitor: bool) -> None:
         self.do(self.clock.advance(ms))
         self.model.now = self.clock.now_ms
+        if janitor:
+            assert set(self.do(self.store.expire())) == self.model.expire()
 
+    @precondition(lambda self: len(self.told) % 8 == 7)
     @rule()
     def scripts_are_flushed(self) -> None:
         self.do(self.store.client.script_flush())
@@ -353,8 +384,7 @@ class Machine(RuleBasedStateMachine):
 
     def finish_everything(self) -> None:
         """Whatever happened, at the last deadline all requests end and leave nothing behind."""
-        self.time_passes(FOREVER_MS)
-        self.expire()
+        self.time_passes(FOREVER_MS, janitor=True)
         self.same()
         assert all(job.state == "e" for job in self.model.jobs.values())
         self.do(self._assert_empty())

@@ -221,7 +221,10 @@ def test_only_the_sequence_that_fails_ends_with_an_error(raises: bool) -> None:
     got: dict[str, list[int]] = {}
     errors = {}
     for again in range(2):
-        engine.add(EngineRequest(f"bad {again}", [poison] * 150, greedy(12), priority=again))
+        # It is read first, in part, and then held up by the others.
+        engine.add(EngineRequest(f"bad {again}", [poison] * 150, greedy(12), priority=2))
+        if not raises:
+            assert engine.step()[0].prefilled == 60
         for i, prompt in enumerate(texts):
             engine.add(EngineRequest(f"{i} {again}", prompt, greedy(12)))
         while outputs := engine.step():
@@ -241,7 +244,14 @@ def test_only_the_sequence_that_fails_ends_with_an_error(raises: bool) -> None:
 def test_a_step_in_which_nothing_works_raises() -> None:
     engine = engine_of(tiny_model("llama"))
     engine._backend = Poisoned(engine._backend, 7)
+    engine.add(EngineRequest("alone", [7, 7], greedy(3)))
+    assert [(output.rid, output.finish) for output in engine.step()] == [("alone", "error")]
     engine.add(EngineRequest("a", [7, 7], greedy(3)))
+    engine.add(EngineRequest("b", [7, 7], greedy(3)))
+    with pytest.raises(RuntimeError, match="poison"):
+        engine.step()
+    engine._backend = Poisoned(engine._backend, 0)
+    engine.abort("b")
     with pytest.raises(RuntimeError, match="poison"):
         engine.step()
 

@@ -297,7 +297,9 @@ async def test_cors(redis_url: str) -> None:
             "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "content-type,x-stainless-os,x-other",
         }
-        status, _, headers = await site.send("OPTIONS", "/v1/chat/completions", None, {**good, **ask})
+        status, _, headers = await site.send(
+            "OPTIONS", "/v1/chat/completions", None, {**good, **ask}
+        )
         assert status == 204
         assert headers["Access-Control-Allow-Origin"] == "https://good.org"
         allowed = headers["Access-Control-Allow-Headers"].lower().split(", ")

@@ -1,4 +1,4 @@
-"""The names that the scripts compute are those of shared/keys.py, and their headers tell the truth."""
+"""The names that the scripts compute are those of shared/keys.py; their headers tell the truth."""
 
 from __future__ import annotations
 

@@ -123,12 +123,10 @@ def test_garbage_is_one_error(kind: type[Message]) -> None:
     def check(data: bytes) -> None:
         try:
             message = decode(data, kind)
-        except DecodeError as error:
-            assert error.kind == kind.__name__
-            assert error.reason
-        else:
-            # By chance it is a message; then it is one of this version.
-            assert message.v == VERSION
+        except DecodeError:
+            return
+        # By chance it is a message; then it is one of this version.
+        assert message.v == VERSION
 
     check()
 

@@ -1,0 +1,36 @@
+"""The benchmark itself still runs: all of its parts, in seconds, on the echo engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+
+
+def test_quick_mode_measures_everything(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "benchmarks.run", "--quick", "--out", str(tmp_path / "out")]
+    ran = subprocess.run(
+        argv,
+        cwd=ROOT,
+        env={**os.environ, "RTS_DATA_DIR": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "## The engine alone, and the cluster over HTTP" in ran.stdout
+    assert (tmp_path / "out" / "cluster.md").read_text() in ran.stdout
+    told = json.loads((tmp_path / "out" / "cluster.json").read_text())
+    assert [part["streams"] for part in told["cluster"]] == [1, 4]
+    for part in told["cluster"] + told["transport"]:
+        assert part["tokens_per_s"] > 0
+        assert {"server", "gateway", "worker loop", "client"} <= set(part["cpu_us_a_token"])
+    assert list((tmp_path / "data").iterdir()) == [], "its servers' data is removed"

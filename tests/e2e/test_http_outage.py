@@ -1,0 +1,123 @@
+"""Redis away, hanging, restarted: 503 within a second, never a hang; streams survive it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from gateway_site import Site, letters, open_site, until
+
+from gateway.app import Server, create_app
+from realtime_serve import probe
+from realtime_serve.redis_server import RedisServer, ServerPlan, find_binary
+from shared.settings import Settings
+
+BODY = {"model": "echo", "prompt": "hello", "max_tokens": 10, "seed": 5}
+
+
+@pytest.fixture
+async def own(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """A server that this test may stop."""
+    binary, _ = find_binary()
+    with RedisServer.start(binary, tmp_path) as server:
+        yield server
+
+
+async def test_redis_is_killed_and_comes_back(own: RedisServer) -> None:
+    async with open_site(own.url) as site:
+        own.kill()
+        for _ in range(3):
+            await _is_refused(site)
+        await until(lambda: not site.edge.healthy)
+        assert (await site.get("/readyz"))[0] == 503
+        assert (await site.get("/health"))[1]["status"] == "redis_unavailable"
+        assert (await site.get("/livez"))[0] == 200
+        assert (await site.get("/requests/" + "0" * 32))[0] == 503
+        await until(lambda: _is_unknown_whether_there_is(site, "other"))
+        own.restart()
+        await until(lambda: site.edge.healthy)
+        _, reply, _ = await site.post("/infer", BODY)
+        assert reply["text"] == letters(5, 10)
+
+
+async def test_redis_hangs(own: RedisServer) -> None:
+    async with open_site(own.url) as site:
+        os.kill(own.pid, signal.SIGSTOP)
+        try:
+            for _ in range(3):
+                await _is_refused(site)
+        finally:
+            os.kill(own.pid, signal.SIGCONT)
+        await until(lambda: site.edge.healthy)
+        assert (await site.post("/infer", BODY))[1]["text"] == letters(5, 10)
+        # What may have got into the queue after all was withdrawn.
+        await until(lambda: _idle(site))
+
+
+async def test_a_stream_survives_a_restart(own: RedisServer) -> None:
+    async with open_site(own.url) as site:
+        site.worker.step_s = 0.02
+        post = asyncio.create_task(site.post("/infer_stream", {**BODY, "max_tokens": 60}))
+        await until(lambda: any(running.seq > 10 for running in site.worker.running.values()))
+        own.kill()
+        own.restart()
+        _, events, _ = await post
+        assert "".join(e.data["text"] for e in events[:-2]) == letters(5, 60)
+        assert events[-1].data == "[DONE]"
+
+
+async def test_a_gateway_starts_without_redis(tmp_path: Path) -> None:
+    binary, _ = find_binary()
+    plan = ServerPlan.make(binary, tmp_path)
+    server = Server(create_app(Settings(redis_url=plan.url)))
+    await server.start("127.0.0.1", 0)
+    try:
+        for path, expected in (("/livez", 200), ("/readyz", 503), ("/metrics", 200)):
+            status, _ = await probe.get("127.0.0.1", server.port, path)
+            assert status == expected
+        with RedisServer(plan) as redis:
+            redis.restart()
+            await until(lambda: _is_ready(server.port))
+    finally:
+        await server.stop()
+
+
+async def _is_refused(site: Site) -> None:
+    for path in ("/infer", "/infer_stream"):
+        started = time.monotonic()
+        status, reply, headers = await site.post(path, BODY)
+        assert (status, reply["error"]["code"]) == (503, "store_unavailable")
+        assert headers["Retry-After"] == "1"
+        assert time.monotonic() - started < 1.5
+
+
+async def _is_unknown_whether_there_is(site: Site, model: str) -> bool:
+    return (await site.post("/infer", {"model": model, "prompt": "x"}))[0] == 503
+
+
+async def _is_ready(port: int) -> bool:
+    return (await probe.get("127.0.0.1", port, "/readyz"))[0] == 200
+
+
+async def _idle(site: Site) -> bool:
+    return await site.counts() == (0, 0)
+
+
+async def test_a_cancelled_call_always_comes_back(site: Site) -> None:
+    # On Python 3.11 redis-py alone loses some of these cancellations.
+    async def call_for_ever() -> None:
+        while True:
+            await site.store.cancel("0" * 32, "nobody")
+
+    for i in range(400):
+        task = asyncio.create_task(call_for_ever())
+        for _ in range(i % 17):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=1.0)
+        assert done

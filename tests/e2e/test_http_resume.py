@@ -1,0 +1,203 @@
+"""Streams that outlive their connection; repeated Idempotency-Keys."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from gateway_site import Event, Site, letters, open_site, read_events, until
+
+from shared import keys
+
+BODY = {"model": "echo", "prompt": "hello", "max_tokens": 40, "seed": 5}
+CHAT = {
+    "model": "echo",
+    "messages": [{"role": "user", "content": "x"}],
+    "max_tokens": 10,
+    "seed": 5,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+RESUMABLE = {"X-Resumable": "30"}
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.data["text"] for event in events if "text" in event.data)
+
+
+async def _read_some(reply: Any, count: int) -> list[Event]:
+    """The first events, with more if they came together."""
+    raw = b""
+    while raw.count(b"\n\n") < count:
+        raw += await reply.content.readany()
+    return read_events(raw[: raw.rindex(b"\n\n") + 2].decode())
+
+
+async def test_a_broken_stream_goes_on_from_the_last_event(site: Site) -> None:
+    site.worker.step_s = 0.005
+    reply = await site.http.post(site.url("/infer_stream"), json=BODY, headers=RESUMABLE)
+    rid = reply.headers["X-Request-Id"]
+    first = await _read_some(reply, 5)
+    reply.close()
+    await until(lambda: not len(site.edge.flows))
+    assert await site.counts() == (0, 1)
+    path, last = f"/requests/{rid}/stream", first[-1].id
+    status, rest, headers = await site.get(path, {"Last-Event-ID": str(last)})
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/event-stream")
+    assert rest[0].id == (last or 0) + 1
+    assert text_of(first) + text_of(rest) == letters(5, 40)
+    assert rest[-1].data == "[DONE]"
+    assert rest[-2].data["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 40,
+        "total_tokens": 45,
+    }
+    # Also after its end, from anywhere, at either address.
+    for address in (path, f"/infer_stream/{rid}"):
+        for after in (0, 17, 40):
+            _, again, _ = await site.get(address, {"Last-Event-ID": str(after)})
+            assert text_of(again) == letters(5, 40)[after:]
+            assert again[-2].data == rest[-2].data
+    _, again, _ = await site.get(path)
+    assert text_of(again) == letters(5, 40)
+    _, text, _ = await site.get("/metrics")
+    assert "rts_stream_resumes_total 8.0" in text
+
+
+async def test_another_gateway_can_resume(site: Site, redis_url: str) -> None:
+    site.worker.step_s = 0.005
+    async with open_site(redis_url) as other:
+        other.worker.room = 0
+        reply = await site.http.post(site.url("/infer_stream"), json=BODY, headers=RESUMABLE)
+        first = await _read_some(reply, 3)
+        reply.close()
+        rid = reply.headers["X-Request-Id"]
+        _, rest, _ = await other.get(
+            f"/requests/{rid}/stream", {"Last-Event-ID": str(first[-1].id)}
+        )
+        assert text_of(first) + text_of(rest) == letters(5, 40)
+
+
+async def test_a_chat_is_resumed_in_its_own_format(site: Site) -> None:
+    _, events, _ = await site.post("/v1/chat/completions", CHAT, RESUMABLE)
+    name = events[0].data["id"]
+    _, again, _ = await site.get(f"/requests/{name}/stream")
+    assert [event.data for event in again] == [event.data for event in events]
+    _, rest, _ = await site.get(f"/requests/{name}/stream", {"Last-Event-ID": "4"})
+    assert [event.data for event in rest] == [event.data for event in events[5:]]
+    assert rest[-2].data["usage"]["completion_tokens"] == 10
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "-1", "1.5", "41", "1" * 16, "99999999999", "0x1", "1 2", "abc-3"]
+)
+async def test_an_id_that_is_not_of_this_stream(site: Site, value: str) -> None:
+    _, events, _ = await site.post("/infer_stream", BODY)
+    rid = events[0].data["request_id"]
+    status, reply, _ = await site.get(f"/requests/{rid}/stream", {"Last-Event-ID": value})
+    assert status == 400
+    assert reply["error"]["param"] == "Last-Event-ID"
+
+
+async def test_what_is_not_kept_any_more_is_gone(redis_url: str) -> None:
+    async with open_site(redis_url, retention_s=1) as site:
+        _, events, _ = await site.post("/infer_stream", BODY)
+        rid = events[0].data["request_id"]
+        client: Any = site.store.client
+        await until(lambda: _gone(client, keys.log(rid)))
+        status, reply, _ = await site.get(f"/requests/{rid}/stream")
+        assert (status, reply["error"]["code"]) == (410, "request_gone")
+        assert (await site.get(f"/requests/{rid}"))[1]["status"] == "completed"
+        await client.delete(keys.request(rid))
+        status, reply, _ = await site.get(f"/requests/{rid}/stream")
+        assert (status, reply["error"]["code"]) == (404, "request_not_found")
+
+
+async def test_lost_data_ends_a_stream_with_an_error(site: Site) -> None:
+    site.worker.frozen = True
+    reply = await site.http.post(site.url("/infer_stream"), json=BODY)
+    await until(lambda: site.worker.running)
+    client: Any = site.store.client
+    await client.delete(keys.request(reply.headers["X-Request-Id"]))
+    events = read_events(await reply.text())
+    assert events[-1].data["error"]["code"] == "log_expired"
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "0", "nan", "inf", "3601", "1e3"])
+async def test_a_bad_grace(site: Site, value: str) -> None:
+    status, reply, _ = await site.post("/infer_stream", BODY, {"X-Resumable": value})
+    assert (status, reply["error"]["param"]) == (400, "X-Resumable")
+
+
+async def test_a_grace_needs_a_stream(site: Site) -> None:
+    status, reply, _ = await site.post("/infer", BODY, RESUMABLE)
+    assert (status, reply["error"]["param"]) == (400, "X-Resumable")
+
+
+async def test_grace_and_retention_reach_redis(redis_url: str) -> None:
+    async with open_site(redis_url, resumable_retention_s=77) as site:
+        client: Any = site.store.client
+        fields = []
+        for headers in (RESUMABLE, {}, {"Idempotency-Key": "k"}):
+            _, events, _ = await site.post("/infer_stream", BODY, headers)
+            key = keys.request(events[0].data["request_id"])
+            fields.append(await client.hmget(key, ["grace", "keep"]))
+        assert fields == [[b"30000", b"77000"], [b"5000", b"30000"], [b"30000", b"77000"]]
+
+
+async def test_a_repeated_key_attaches_to_the_running_stream(site: Site) -> None:
+    site.worker.step_s = 0.005
+    body = {**BODY}
+    del body["seed"]
+    key = {"Idempotency-Key": "order-7"}
+    first = asyncio.create_task(site.post("/infer_stream", body, key))
+    await until(lambda: site.worker.running)
+    _, second, headers = await site.post("/infer_stream", body, key)
+    _, events, first_headers = await first
+    assert [e.data for e in events] == [e.data for e in second]
+    assert headers["X-Request-Id"] == first_headers["X-Request-Id"]
+    assert len(site.worker.seen) == 1
+    # After its end, too.
+    _, third, _ = await site.post("/infer_stream", body, key)
+    assert [e.data for e in third] == [e.data for e in events]
+    assert len(site.worker.seen) == 1
+
+
+async def test_a_repeated_key_of_a_reply_in_one_piece(site: Site) -> None:
+    key = {"Idempotency-Key": "k"}
+    _, one, _ = await site.post("/infer", BODY, key)
+    _, two, _ = await site.post("/infer", BODY, key)
+    assert one == two
+    assert len(site.worker.seen) == 1
+
+
+async def test_a_key_belongs_to_its_caller_and_its_request(site: Site) -> None:
+    key = {"Idempotency-Key": "k"}
+    _, one, _ = await site.post("/infer", BODY, key)
+    _, two, _ = await site.post("/infer", {**BODY, "client_id": "other"}, key)
+    assert one["request_id"] != two["request_id"]
+    for changed in ({"max_tokens": 41}, {"prompt": "x"}, {"seed": 6}, {"stream": True}):
+        status, reply, _ = await site.post("/infer", {**BODY, **changed}, key)
+        assert (status, reply["error"]["code"]) == (409, "idempotency_conflict")
+    for bad in ("", "a b", "x" * 257):
+        status, reply, _ = await site.post("/infer", BODY, {"Idempotency-Key": bad})
+        assert (status, reply["error"]["param"]) == (400, "Idempotency-Key")
+
+
+async def test_a_request_with_a_key_outlives_its_connection(site: Site) -> None:
+    site.worker.frozen = True
+    key = {"Idempotency-Key": "k"}
+    post = asyncio.create_task(site.post("/infer", BODY, key))
+    await until(lambda: site.worker.running)
+    post.cancel()
+    await until(lambda: not len(site.edge.flows))
+    site.worker.frozen = False
+    _, reply, _ = await site.post("/infer", BODY, key)
+    assert reply["text"] == letters(5, 40)
+    assert len(site.worker.seen) == 1
+
+
+async def _gone(client: Any, key: str) -> bool:
+    return not await client.exists(key)
