@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import uvloop
 
+from benchmarks.companion import answer
 from benchmarks.transcript import BadResponse, read_response
 
 # With the end of the chunk before it: the head of a response may end in "0\r\n\r\n", too.
@@ -111,11 +112,11 @@ async def play(job: dict[str, Any]) -> dict[str, Any]:
         await _together(lanes, job["warm_up"], job, float("inf"))
         gc.collect()
         gc.disable()
-        _say("start")
+        answer("start")
         cpu, began = time.process_time(), time.perf_counter()
         await _together(lanes, job["lanes"], job, began + job["no_start_after_s"])
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        _say("end")
+        answer("end")
     for lane in lanes:
         lane.close()
     return {"seconds": seconds, "cpu_s": cpu, **_summary(lanes)}
@@ -155,18 +156,13 @@ def _summary(lanes: list[Lane]) -> dict[str, Any]:
     return {"errors": errors, "tokens": tokens, "ttft_ms": ttfts, "gap_ms": gaps}
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def main() -> int:
     """Runs the job on the standard input."""
     job = json.loads(sys.stdin.readline())
     try:
-        _say(json.dumps(uvloop.run(play(job))))
+        answer(json.dumps(uvloop.run(play(job))))
     except (OSError, TimeoutError) as error:
-        _say(json.dumps({"failed": f"{type(error).__name__}: {error}"}))
+        answer(json.dumps({"failed": f"{type(error).__name__}: {error}"}))
         return 1
     return 0
 

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.companion import Companion, answer
 from benchmarks.figures import BenchError, Figures
-from benchmarks.load import Companion, Load, Prompts
+from benchmarks.load import Load, Prompts
 from worker.engine import EngineOptions, create_engine
 from worker.engine.interface import Engine, EngineRequest, SamplingParams
 
@@ -165,8 +166,7 @@ def main() -> int:
 
 
 def _say(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    answer(json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from benchmarks.companion import Companion
 from benchmarks.figures import BenchError, Figures
-from realtime_serve.lifeline import Lifeline
 
 BESIDE_ENGINE = 5
 """Nice value of the client, as of everything else that `up` runs beside an engine."""
 _START_S = 60.0
 _WARM_UP_TOKENS = 8
 _TRIES = 1000
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,61 +138,3 @@ def _figures(result: dict[str, Any], load: Load, cpu_s: dict[str, float]) -> Fig
         ttft_ms=result["ttft_ms"],
         gap_ms=result["gap_ms"],
     )
-
-
-class Companion:
-    """A module of ours in a process of its own: a line of JSON in, lines out.
-
-    Args:
-        module: to run.
-        nice: how far it steps back.
-    """
-
-    def __init__(self, module: str, *, nice: int = 0) -> None:
-        self._module = module
-        self._lifeline = Lifeline()
-        self._process = subprocess.Popen(
-            self._lifeline.command([sys.executable, "-m", module], nice),
-            pass_fds=self._lifeline.fds,
-            cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def say(self, value: Any) -> None:
-        """Sends a line."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(value) + "\n")
-        self._process.stdin.flush()
-
-    def hear(self, within_s: float, read: Callable[[str], T]) -> T:
-        """The next line, read by `read` at once when it comes.
-
-        Raises:
-            BenchError: none came in time, or one that says what failed.
-        """
-        assert self._process.stdout is not None
-        timer = threading.Timer(within_s, self._process.kill)
-        timer.start()
-        try:
-            line = self._process.stdout.readline()
-            whole = line.endswith("\n")
-            failed = line.startswith('{"failed"')
-            if whole and not failed:
-                return read(line)
-        finally:
-            timer.cancel()
-        if whole:
-            raise BenchError(f"{self._module}: {json.loads(line)['failed']}")
-        self._process.kill()
-        status = self._process.wait()
-        raise BenchError(f"{self._module} ended with {status} or was silent for {within_s:.0f} s")
-
-    def __enter__(self) -> Companion:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._lifeline.close()

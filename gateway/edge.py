@@ -87,8 +87,8 @@ class Edge:
     async def withdraw(self, rid: str, caller: str) -> str:
         """Cancels a request that nobody waits for, in spite of a short outage.
 
-        Returns what Store.cancel does, or "" where it failed: then the request ends by its deadline,
-        or because nobody listens.
+        Returns what Store.cancel does, or "" where it failed: then the request ends by its
+        deadline, or because nobody listens.
         """
         for _ in range(WITHDRAW_TRIES):
             with contextlib.suppress(StoreUnavailable):

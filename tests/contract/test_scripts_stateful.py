@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 callers = st.sampled_from(["alice", "bob", "carol"])
 classes = st.integers(0, 2)
-lifetimes = st.sampled_from([700, 3000, FOREVER_MS, FOREVER_MS, FOREVER_MS])
+lifetimes = st.sampled_from([1000, 3000, FOREVER_MS, FOREVER_MS, FOREVER_MS])
 engines = st.sampled_from(["a", "b", "c"])
 bursts = st.lists(st.tuples(callers, classes, lifetimes, st.booleans()), min_size=1, max_size=6)
 # What an engine may think it owns, and what it says of it, is picked by position.

@@ -115,14 +115,18 @@ async def test_what_is_not_kept_any_more_is_gone(redis_url: str) -> None:
         assert (status, reply["error"]["code"]) == (404, "request_not_found")
 
 
-async def test_lost_data_ends_a_stream_with_an_error(site: Site) -> None:
-    site.worker.frozen = True
-    reply = await site.http.post(site.url("/infer_stream"), json=BODY)
-    await until(lambda: site.worker.running)
-    client: Any = site.store.client
-    await client.delete(keys.request(reply.headers["X-Request-Id"]))
-    events = read_events(await reply.text())
-    assert events[-1].data["error"]["code"] == "log_expired"
+async def test_lost_data_ends_a_stream_with_an_error(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.hub.CHECK_S", 0.2)
+    async with open_site(redis_url) as site:
+        site.worker.frozen = True
+        reply = await site.http.post(site.url("/infer_stream"), json=BODY)
+        await until(lambda: site.worker.running)
+        client: Any = site.store.client
+        await client.delete(keys.request(reply.headers["X-Request-Id"]))
+        events = read_events(await reply.text())
+        assert events[-1].data["error"]["code"] == "log_expired"
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "nan", "inf", "3601", "1e3"])
