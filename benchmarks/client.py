@@ -108,13 +108,14 @@ async def play(job: dict[str, Any]) -> dict[str, Any]:
     for lane in lanes:
         async with asyncio.timeout(_CONNECT_S):
             await loop.create_connection(lambda lane=lane: lane, job["host"], job["port"])  # type: ignore[misc]
+    warm_up, counted = _requests(job, job["warm_up"]), _requests(job, job["lanes"])
     async with asyncio.timeout(job["limit_s"]):
-        await _together(lanes, job["warm_up"], job, float("inf"))
+        await _together(lanes, warm_up, float("inf"))
         gc.collect()
         gc.disable()
         answer("start")
         cpu, began = time.process_time(), time.perf_counter()
-        await _together(lanes, job["lanes"], job, began + job["no_start_after_s"])
+        await _together(lanes, counted, began + job["no_start_after_s"])
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         answer("end")
     for lane in lanes:
@@ -122,21 +123,20 @@ async def play(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_s": cpu, **_summary(lanes)}
 
 
-async def _together(
-    lanes: list[Lane], bodies: list[list[str]], job: dict[str, Any], no_start_after: float
-) -> None:
-    requests = [[_request(job, body) for body in of_lane] for of_lane in bodies]
+async def _together(lanes: list[Lane], requests: list[list[bytes]], no_start_after: float) -> None:
     pairs = zip(lanes, requests, strict=True)
     await asyncio.gather(*(lane.play(of_lane, no_start_after) for lane, of_lane in pairs))
 
 
-def _request(job: dict[str, Any], body: str) -> bytes:
-    data = body.encode()
+def _requests(job: dict[str, Any], bodies: list[list[str]]) -> list[list[bytes]]:
     head = (
         f"POST {job['path']} HTTP/1.1\r\nHost: {job['host']}:{job['port']}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
-    return head.encode() + data
+        "Content-Type: application/json\r\nContent-Length: "
+    ).encode()
+    of_lanes = ([body.encode() for body in of_lane] for of_lane in bodies)
+    return [
+        [b"%b%d\r\n\r\n%b" % (head, len(data), data) for data in of_lane] for of_lane in of_lanes
+    ]
 
 
 def _summary(lanes: list[Lane]) -> dict[str, Any]:

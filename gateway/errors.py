@@ -18,8 +18,7 @@ class ModelNotFound(RtsError):
     """
 
     def __init__(self, model: str, known: list[str]) -> None:
-        there_are = ", ".join(known) if known else "none"
-        super().__init__(f"The model {model!r} does not exist; there are: {there_are}")
+        super().__init__(f"The model {model!r} does not exist; there are: {', '.join(known)}")
         self.model = model
         self.known = known
 

@@ -127,15 +127,20 @@ class Subscription:
         return event.first > self.last + 1
 
     async def _read_log(self) -> None:
+        # Before the read: what is missed while it runs makes it stale again.
         self._stale = False
-        while True:
-            try:
-                entries = await self._hub.store.read_log(self.rid, self.last, PAGE)
-                if not entries and not await self._hub.exists(self.rid):
-                    self._gone = True
-                break
-            except StoreUnavailable:
-                await asyncio.sleep(RETRY_S)
+        try:
+            while True:
+                try:
+                    entries = await self._hub.store.read_log(self.rid, self.last, PAGE)
+                    if not entries and not await self._hub.exists(self.rid):
+                        self._gone = True
+                    break
+                except StoreUnavailable:
+                    await asyncio.sleep(RETRY_S)
+        except asyncio.CancelledError:
+            self._stale = True
+            raise
         self._page.extend(entries)
         if len(entries) == PAGE:
             self._stale = True

@@ -70,6 +70,8 @@ class Models:
             return model
         if name in self._known:
             raise ModelNotReady(f"The model {name!r} is being loaded")
+        if not self._known:
+            raise ModelNotReady("No model is served yet; a worker may be loading one")
         raise ModelNotFound(name, sorted(self._known))
 
     async def refresh(self) -> None:

@@ -51,6 +51,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": ("medium",),
     "store": (False,),
+    "metadata": ({},),
     "web_search_options": (),
 }
 """Fields we do not act on, and their values, beside null, that ask for what we do anyway."""
@@ -64,14 +65,6 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "reasoning_content": (),
 }
 """Fields of an answer that clients send back as they got them."""
-
-Metadata = Annotated[
-    dict[
-        Annotated[str, Meta(max_length=64)],
-        Annotated[str, Meta(max_length=512)],
-    ],
-    Meta(max_length=16),
-]
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag="text", tag_field="type"):
@@ -120,7 +113,6 @@ class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: Metadata | None = None
     service_tier: Literal["auto", "default", "priority", "flex"] | None = None
     priority: str | None = None
     top_k: TopK | None = None
@@ -137,6 +129,7 @@ class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logprobs: Any = None
     logit_bias: Any = None
     store: Any = None
+    metadata: Any = None
 
     def common(self) -> dict[str, Any]:
         """The fields of an Order that both endpoints fill alike.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -163,7 +165,22 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except msgspec.ValidationError as error:
         raise _named(str(error)) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        if name := _not_finite(body):
+            raise InvalidRequest(f"{name} is not a finite number", name, "invalid_json") from None
         raise InvalidRequest(f"The body is not valid JSON: {error}", None, "invalid_json") from None
+
+
+def _not_finite(body: bytes) -> str:
+    """The field of a body that is NaN or Infinity, which Python's json takes; "" if none is."""
+    found: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        found.extend(name for name, value in pairs if value is not_finite)
+
+    not_finite = object()
+    with suppress(ValueError, RecursionError):
+        json.loads(body, parse_constant=lambda _: not_finite, object_pairs_hook=look)
+    return found[0] if found else ""
 
 
 def _check_content_type(request: web.Request) -> None:

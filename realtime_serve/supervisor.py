@@ -86,7 +86,8 @@ class Child:
             how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with {status}"
             self._report(f"{self.program.name} {how}, starting it again in {delay_s:.0f} s")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await self._stopping.wait()
             delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
 
     async def stop(self, grace_s: float) -> bool:
@@ -98,7 +99,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await process.wait()
         except TimeoutError:
             self.kill()
             await process.wait()

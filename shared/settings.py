@@ -140,7 +140,9 @@ class Settings:
         1_048_576, "longest request body, in bytes", _GATEWAY, low=1024, high=4_194_304
     )
     data_dir: Path = _setting(  # noqa: RUF009 (a field, not a shared value)
-        Path("~/.cache/realtime-serve"), "folder for models and for the server's data", ("up", "worker")
+        Path("~/.cache/realtime-serve"),
+        "folder for models and for the server's data",
+        ("up", "worker"),
     )
     log_format: str = _setting(
         "auto",

@@ -11,8 +11,8 @@ AGAIN_S = 0.1
 async def end(*tasks: asyncio.Task[Any]) -> None:
     """Cancels tasks and waits until they have ended.
 
-    One cancel is not always enough: when it meets a task that is about to run, the `timeout(0)` with
-    which redis-py probes a connection takes it for its own and swallows it (seen on CPython 3.11).
+    One cancel is not always enough: on CPython 3.11, `wait_for` and `timeout(0)` swallow one that
+    meets a task about to run. shared/connection.py mends redis-py; other libraries use both, too.
 
     Raises:
         Exception: what a task raised, if it did not end by being cancelled.

@@ -76,7 +76,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     ("/infer", b"[]", 400, None),
     ("/infer", b'{"model":"echo","prompt":"\xff"}', 400, None),
     ("/infer", b'{"model":"echo","prompt":"\\ud800"}', 400, None),
-    ("/infer", b'{"model":"echo","prompt":"x","temperature":NaN}', 400, None),
+    ("/infer", b'{"model":"echo","prompt":"x","temperature":NaN}', 400, "temperature"),
     ("/infer", {"prompt": "x"}, 400, "model"),
     ("/infer", {"model": "echo"}, 400, "prompt"),
     ("/infer", {"model": "echo", "prompt": ""}, 400, "prompt"),

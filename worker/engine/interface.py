@@ -1,7 +1,7 @@
 """The contract between a worker and the model it runs: token ids in, token ids out.
 
-An engine is synchronous and owned by one thread. It knows nothing of text, HTTP or Redis. Everything
-that implements `Engine` (echo, torch, a user's own class) passes the same suite, tests/contract/test_engines.py.
+An engine is synchronous and owned by one thread. It knows nothing of text, HTTP or Redis. Whatever
+implements `Engine` (echo, torch, a user's own) passes one suite, tests/contract/test_engines.py.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class StepOutput:
 
     Attributes:
         rid: the sequence.
-        tokens: ids sampled in this step, in order; empty while the prompt is being read. The id that
-            ended the sequence (end-of-sequence or a stop id) is included as the last one.
-        prefilled: rows of prompt + generated in the KV cache so far: progress before the first token.
+        tokens: ids sampled in this step, in order; empty while the prompt is being read. The id
+            that ended the sequence (end-of-sequence or a stop id) is included as the last one.
+        prefilled: rows of prompt + generated in the KV cache: progress before the first token.
         finish: None while the sequence goes on. "stop": an end id; "length": max_tokens or the
             context length was reached; "error": this sequence failed (others go on).
         error: a sentence, only with finish == "error".
