@@ -52,7 +52,8 @@ async def _silent_consumers(store: Store, mv: str) -> set[str]:
     owning: set[str] = {keys.NOBODY}
     for cls in keys.CLASSES:
         queue = keys.queue(mv, cls)
-        if not await store.client.exists(queue):
+        # The first take makes the group: before it there is a queue at most.
+        if not await store.client.exists(queue) or not await store.client.xinfo_groups(queue):
             continue
         for consumer in await store.client.xinfo_consumers(queue, keys.GROUP):
             name = consumer["name"].decode()

@@ -1,0 +1,140 @@
+"""Janitor and settling over a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from control.janitor import sweep
+from control.settling import settle
+from shared import keys, messages
+from shared.messages import Request, Sampling
+from shared.store import Emission, Store
+
+MV = "echo@1"
+
+
+@pytest.fixture
+async def opened(store: Store) -> Store:
+    await store.client.set(keys.is_open(MV), "1")
+    await heartbeat(store, "e1")
+    return store
+
+
+async def heartbeat(store: Store, engine: str) -> None:
+    card = messages.EngineCard(1, engine, "echo", "none", "none", "h", 1, 8, 0, 0, 0.0, False, 0.0)
+    await store.heartbeat("echo", "1", engine, card)
+
+
+async def submit(store: Store, rid: str, *, charged: int = 0, timeout_ms: int = 60_000) -> None:
+    request = Request(1, rid, "echo", "1", "ann", [1, 2, 3], Sampling(40))
+    answer = await store.enqueue(
+        request,
+        cls="normal",
+        timeout_ms=timeout_ms,
+        grace_ms=1000,
+        keep_ms=1000,
+        charged=charged,
+        queue_limit=100,
+        queue_bytes=10**6,
+        resumable=False,
+    )
+    assert answer.outcome == "accepted"
+
+
+async def generate(store: Store, rid: str, tokens: int) -> None:
+    take = await store.take(MV, "e1", 8, lease_ms=3000, aging_ms=30_000)
+    taken = next(t for t in take.requests if t.rid == rid)
+    body = messages.encode(
+        messages.Tokens(1, 1, [messages.Token(0, i, "x") for i in range(tokens)])
+    )
+    end = messages.encode(messages.End(1, "stop"))
+    emission = Emission(rid, taken.epoch, 1, tokens, body, tokens, "stop", end)
+    await store.emit(MV, "e1", [emission])
+
+
+async def tokens_left(store: Store) -> int:
+    return (await store.limit("ann", 100, 100, 0)).tokens_left
+
+
+async def test_what_was_not_used_comes_back_once(opened: Store) -> None:
+    assert (await opened.limit("ann", 100, 100, 43)).refused == ""
+    await submit(opened, "r", charged=43)
+    await generate(opened, "r", 7)
+    assert await tokens_left(opened) <= 58
+    assert await settle(opened, "c1") == 1
+    # 43 were charged, 3 + 7 used.
+    assert 90 <= await tokens_left(opened) <= 91
+    assert await settle(opened, "c1") == 0
+    assert 90 <= await tokens_left(opened) <= 91
+
+
+async def test_a_control_process_that_died_repeats_and_loses_nothing(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened.limit("ann", 100, 100, 43)
+    await submit(opened, "r", charged=43)
+    await generate(opened, "r", 7)
+
+    async def killed(*args: Any, **options: Any) -> int:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch:
+        # It settled, and died before it could say so.
+        patch.setattr(opened.client, "xack", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await settle(opened, "dead")
+    assert 90 <= await tokens_left(opened) <= 91
+    monkeypatch.setattr("control.settling.STALE_MS", 0)
+    assert await settle(opened, "c2") == 1
+    assert 90 <= await tokens_left(opened) <= 91
+
+
+async def test_requests_without_a_charge_need_no_budget(opened: Store) -> None:
+    await submit(opened, "r")
+    await generate(opened, "r", 2)
+    assert await settle(opened, "c1") == 1
+    assert not await opened.client.exists(keys.bucket("ann"), keys.settled("r"))
+
+
+async def test_overdue_requests_are_ended_without_any_worker(opened: Store) -> None:
+    for i in range(5):
+        await submit(opened, f"r{i}", timeout_ms=1)
+    await submit(opened, "later")
+    await asyncio.sleep(0.01)
+    assert (await sweep(opened))["ended"] == 5
+    (entry,) = await opened.read_log("r3", 0)
+    assert isinstance(entry.event, messages.End)
+    assert entry.event.reason == "queue_timeout"
+    await opened.cancel("later", "")
+
+
+async def test_engines_that_are_gone_are_forgotten_once_they_own_nothing(opened: Store) -> None:
+    await submit(opened, "r")
+    await opened.take(MV, "e1", 8, lease_ms=3000, aging_ms=30_000)
+    await opened.client.zrem(keys.engines(MV), "e1")
+    assert (await sweep(opened))["forgotten"] == 0
+    await opened.release(MV, "e1", [("r", 1)])
+    assert (await sweep(opened))["forgotten"] == 1
+    names = [
+        consumer["name"]
+        for consumer in await opened.client.xinfo_consumers(keys.queue(MV, "normal"), keys.GROUP)
+    ]
+    assert names == [b"-"]
+    await opened.cancel("r", "")
+
+
+async def test_a_living_engine_is_not_forgotten(opened: Store) -> None:
+    await submit(opened, "r")
+    await generate(opened, "r", 1)
+    assert (await sweep(opened))["forgotten"] == 0
+
+
+async def test_old_dead_letters_go(opened: Store) -> None:
+    for _ in range(300):
+        await opened.client.xadd(keys.DEAD, {"rid": "x"}, id="1-*")
+    await opened.client.xadd(keys.DEAD, {"rid": "new"})
+    await sweep(opened)
+    assert await opened.client.xlen(keys.DEAD) < 150
