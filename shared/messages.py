@@ -189,7 +189,7 @@ def decode(data: bytes, kind: type[M]) -> M:
     """
     try:
         message = msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DecodeError(kind.__name__, str(error)) from error
     if message.v != VERSION:
         raise DecodeError(kind.__name__, f"version {message.v}, this program knows {VERSION}")
@@ -214,11 +214,10 @@ def read_entry(entry_id: bytes, data: bytes) -> Entry:
         DecodeError: the id or the data is not of this form.
     """
     seq, _, kind = entry_id.partition(b"-")
-    try:
-        number = int(seq)
-    except ValueError as error:
-        raise DecodeError("Entry", f"id {entry_id!r}") from error
-    return Entry(number, decode(data, End) if kind == b"1" else decode(data, Tokens))
+    # A number in Redis has at most 20 digits.
+    if not seq.isdigit() or len(seq) > 20 or kind not in (b"0", b"1"):
+        raise DecodeError("Entry", f"id {entry_id!r}")
+    return Entry(int(seq), decode(data, End) if kind == b"1" else decode(data, Tokens))
 
 
 def read_frame(frame: bytes) -> Entry:

@@ -265,3 +265,18 @@ def test_garbage_on_a_channel_is_one_error(frame: bytes) -> None:
 
 def test_all_messages_are_tested() -> None:
     assert {End, EngineCard, ModelCard, Request, Tokens, messages.View} <= {*KINDS}
+
+
+def test_a_message_nested_beyond_reason_is_a_decode_error() -> None:
+    nested = b"\x91" * 100_000 + b"\x90"
+    with pytest.raises(DecodeError):
+        decode(b"\x93\x01\x01" + nested, Tokens)
+    with pytest.raises(DecodeError):
+        # A field that this version does not know is skipped, however deep it goes.
+        decode(b"\x94\x01\x01\x90" + nested, Tokens)
+
+
+@pytest.mark.parametrize("entry_id", [b"5-7", b"5", b"", b"-0", b"-1-0", b"x-0", b"5-"])
+def test_an_id_that_no_script_writes_is_a_decode_error(entry_id: bytes) -> None:
+    with pytest.raises(DecodeError):
+        read_entry(entry_id, encode(Tokens(VERSION, 1, [])))
