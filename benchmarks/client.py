@@ -22,6 +22,7 @@ from benchmarks.transcript import BadResponse, read_response
 
 # With the end of the chunk before it: the head of a response may end in "0\r\n\r\n", too.
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
+_GOOD = b"HTTP/1.1 200 "
 _CONNECT_S = 10.0
 
 
@@ -69,6 +70,8 @@ class Lane(asyncio.Protocol):
         self._parts.append(data)
         if data.endswith(_LAST_CHUNK) or len(data) < len(_LAST_CHUNK):
             self._perhaps_complete()
+        elif len(self._parts) == 1 and not data.startswith(_GOOD):
+            self._end(f"refused: {data[:600]!r}")
 
     def connection_lost(self, error: Exception | None) -> None:
         """Part of asyncio's Protocol."""

@@ -42,7 +42,7 @@ class Report:
         parts = [
             "# What the cluster costs",
             "Written by `make bench`. " + self._machine(),
-            f"{self.model}. {self.load}",
+            f"{self.model} {self.load}".strip(),
         ]
         if self.cluster:
             parts += [

@@ -105,7 +105,7 @@ class Bench:
             stack.enter_context(alone)
             info = alone.info
             report.model = f"Engine {info['name']} on {info['device']} ({info['dtype']})" + (
-                f", model {plan.model_name}" if plan.model else ""
+                f", model {plan.model_name}." if plan.model else "."
             )
             report.starts_s["engine alone"] = info["load_s"] + info["warm_up_s"]
             self._screen.step("starting the cluster")
@@ -151,7 +151,10 @@ class Bench:
                 self._rival(rival)
             except BenchError as error:
                 # Its trouble does not spoil our figures.
-                self.report.skipped[rival.name] = "it failed"
+                measured = [n for name, n in self.report.rivals if name == rival.name]
+                self.report.skipped[rival.name] = (
+                    f"it failed with more than {measured[-1]} streams" if measured else "it failed"
+                )
                 self._screen.step(f"{rival.name} failed: {error}")
 
     def _rival(self, rival: Rival) -> None:

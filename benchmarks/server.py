@@ -106,14 +106,13 @@ def get(port: int, path: str) -> tuple[int, bytes]:
 
 def cpu_s(process: psutil.Process) -> float:
     """User and system time of a process so far, all its threads together."""
-    threads = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
-    if exact := sum(map(_run_s, threads)):
-        return exact
     try:
         times = process.cpu_times()
     except psutil.NoSuchProcess:
         return 0.0
-    return float(times.user + times.system)
+    # That is rounded to 10 ms; the other account is not, but forgets threads that have ended.
+    threads = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    return max(float(times.user + times.system), sum(map(_run_s, threads)))
 
 
 def main_thread_cpu_s(process: psutil.Process) -> float:
@@ -122,7 +121,7 @@ def main_thread_cpu_s(process: psutil.Process) -> float:
 
 
 def _run_s(schedstat: Path) -> float:
-    """The kernel's account of a thread in ns, where other places round to 10 ms."""
+    """The kernel's account of one thread; 0 where it keeps none."""
     with contextlib.suppress(OSError):
         return int(schedstat.read_text().split()[0]) / 1e9
     return 0.0

@@ -67,7 +67,7 @@ def read_response(parts: Sequence[bytes], times: Sequence[float], sent_at: float
 def _events(raw: bytes) -> list[tuple[bytes, int]]:
     """Each event's data, and the offset in `raw` at which the event was complete."""
     head, separator, _ = raw.partition(b"\r\n\r\n")
-    if not separator or b" 200 " not in head[:13] + b" ":
+    if not separator or not head.startswith(b"HTTP/1.1 200"):
         raise BadResponse(f"not a 200: {raw[:600]!r}")
     start = len(head) + 4
     if b"transfer-encoding: chunked" in head.lower():

@@ -62,17 +62,13 @@ class Api(litserve.LitAPI):
         self._model = model.to(device)
         self._device = device
 
-    def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The body is what it is."""
-        return request
-
     def batch(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Several requests stay a list."""
         return inputs
 
     def unbatch(self, output: Iterator[Any]) -> Iterator[Any]:
         """Each step is a list already."""
-        return output
+        yield from output
 
     def predict(self, x: Any) -> Iterator[list[str]]:
         """Each step's texts, one for each request."""

@@ -34,7 +34,6 @@ FORMS = (
     "Why do people like {}? Give two reasons and an example for each of them.",
     "{}",
 )
-NEAR_TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +46,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
         dtype="float32",
         retention_s=120,
         max_batch_size=32,
+        # A second thread spins while it waits, and the other processes of the test need a core.
+        threads=1,
     ) as found:
         yield found.up()
 
@@ -122,7 +123,7 @@ async def test_sixty_four_streams_equal_their_single_runs(
     job.write_bytes(msgspec.json.encode(runs))
     done = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, __file__, str(demo_model_path), str(job)],
+        [sys.executable, ROOT / "tests" / "greedy_oracle.py", demo_model_path, job],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -130,32 +131,3 @@ async def test_sixty_four_streams_equal_their_single_runs(
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.startswith("64 streams")
-
-
-def check(model_path: str, job: str) -> None:
-    """Compares the ids of each stream with transformers' own float32 model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    runs = msgspec.json.decode(Path(job).read_bytes())
-    ties = 0
-    for run in runs:
-        prompt = tokenizer(run["prompt"]).input_ids
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + run["ids"]])).logits[0, len(prompt) - 1 : -1]
-        for position, (row, token) in enumerate(zip(logits, run["ids"], strict=True)):
-            best = float(row.max())
-            if int(row.argmax()) == token:
-                continue
-            # After a near-tie either way is right, and so is what follows from it.
-            assert best - float(row[token]) < NEAR_TIE, (run, position)
-            ties += 1
-        shown = tokenizer.decode(run["ids"], skip_special_tokens=True)
-        assert shown == run["text"] or shown.startswith(run["text"]), run
-    print(f"{len(runs)} streams, {ties} near-ties")
-
-
-if __name__ == "__main__":
-    check(*sys.argv[1:])

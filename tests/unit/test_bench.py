@@ -173,3 +173,11 @@ def test_report_names_the_ratio_and_what_was_left_out() -> None:
     assert "| other | 8 | 25 | 20.0 | 3.0 | 2.00 |" in page
     assert "another: not measured, not installed" in page
     assert json.loads(report.json())["cluster"][0]["cpu_us_a_token"]["gateway"] == 20.0
+
+
+async def test_client_does_not_wait_for_more_of_a_refusal() -> None:
+    refusal = b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 9\r\n\r\n{"no": 1}'
+    began = time.monotonic()
+    result = await serve([refusal], jobs=3)
+    assert time.monotonic() - began < 5.0
+    assert "refused: b'HTTP/1.1 503" in result["errors"][0]  # type: ignore[index]
