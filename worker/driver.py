@@ -35,14 +35,16 @@ class Driver:
         self._commands: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
         self._ahead = threading.Semaphore(STEPS_AHEAD)
         self._room = engine.room()
-        self._adding = 0
+        # Each written by one thread only: the difference is on its way.
+        self._sent = 0
+        self._received = 0
         self.stats = EngineStats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def room(self) -> int:
         """How many more sequences the engine would take now, those on their way counted."""
-        return max(0, self._room - self._adding)
+        return max(0, self._room - (self._sent - self._received))
 
     def start(self) -> None:
         """Starts the thread."""
@@ -50,7 +52,7 @@ class Driver:
 
     def add(self, request: EngineRequest) -> None:
         """Passes a request to the engine; a refusal comes back as an output with finish "error"."""
-        self._adding += 1
+        self._sent += 1
         self._commands.put(request)
 
     def abort(self, rid: str) -> None:
@@ -87,6 +89,7 @@ class Driver:
     def _obey(self, *, wait: bool) -> bool:
         """Carries out the commands that are there; with `wait`, at least one. False: stop."""
         refused: list[StepOutput] = []
+        received = 0
         while True:
             try:
                 command = self._commands.get(block=wait)
@@ -102,8 +105,10 @@ class Driver:
                 self._engine.add(command)
             except ValueError as error:
                 refused.append(StepOutput(command.rid, [], finish="error", error=str(error)))
-            self._adding -= 1
+            received += 1
+        # In this order a reader sees too little room for a moment, never too much.
         self._room = self._engine.room()
+        self._received += received
         if refused:
             self._ahead.acquire()
             self._loop.call_soon_threadsafe(self._on_step, refused)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-
-from tokenizers import Tokenizer
+from contextlib import suppress
 
 from shared import keys, messages
-from shared.errors import DecodeError, StoreUnavailable
+from shared.errors import DecodeError, LogExpired, StoreUnavailable
 from shared.store import Emission, Store, Taken
 from worker.driver import Driver
 from worker.outbox import Outbox
 from worker.stream import Stream
+from worker.text import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ class Intake:
 
     Args:
         store: Redis. model, version: whose queues. engine: this engine's id.
-        tokenizer: of the model. driver, outbox: where requests and their tokens go.
+        vocabulary: of the model. driver, outbox: where requests and their tokens go.
+        heard: set while Redis hears this engine's sign of life: whatever an engine owns that is not
+            heard is taken from it.
         max_batch_size: most requests owned at once. max_wait_ms: how long an idle engine waits for
             more after the first. lease_ms, aging_ms: see take.lua.
     """
@@ -39,7 +41,8 @@ class Intake:
         model: str,
         version: str,
         engine: str,
-        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        heard: asyncio.Event,
         driver: Driver,
         outbox: Outbox,
         max_batch_size: int,
@@ -50,7 +53,8 @@ class Intake:
         self._store = store
         self._mv = keys.model_version(model, version)
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._heard = heard
         self._driver = driver
         self._outbox = outbox
         self._max_batch_size = max_batch_size
@@ -58,18 +62,27 @@ class Intake:
         self._lease_ms = lease_ms
         self._aging_ms = aging_ms
         self._unsure = False
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Makes `run` end by itself: cancelled, it could lose what was just handed over."""
+        self._stopping = True
 
     async def run(self) -> None:
-        """Takes whenever there is room and a reason, for ever."""
-        while True:
+        """Takes whenever there is room and a reason, until `stop`; all it took is in the outbox."""
+        while not self._stopping:
             try:
                 await self._wait_for_reason()
-                await self._admit()
+                if self._unsure or (self._heard.is_set() and not self._stopping):
+                    await self._admit()
             except StoreUnavailable as error:
                 log.warning("cannot take requests", extra={"error": error.reason})
                 # A request may have been handed over in a reply that did not arrive.
                 self._unsure = True
                 await asyncio.sleep(RETRY_S)
+        if self._unsure:
+            with suppress(StoreUnavailable):
+                await self._admit()
 
     def _room(self) -> int:
         return min(self._driver.room, self._max_batch_size - len(self._outbox.streams))
@@ -87,11 +100,11 @@ class Intake:
                 return
 
     async def _admit(self) -> None:
-        room = self._room()
-        if room <= 0:
+        room = 0 if self._stopping else self._room()
+        if room <= 0 and not self._unsure:
             return
         idle = not self._outbox.streams
-        taken = await self._take(room)
+        taken = await self._take(max(0, room))
         if taken and idle and len(taken) < room and self._max_wait_s:
             await asyncio.sleep(self._max_wait_s)
             taken += await self._take(room - len(taken))
@@ -102,7 +115,7 @@ class Intake:
                 self._driver.add(stream.engine_request())
 
     async def _take(self, room: int) -> list[Taken]:
-        known = list(self._outbox.streams) if self._unsure else None
+        known = [s.rid for s in self._outbox.streams.values()] if self._unsure else None
         take = await self._store.take(
             self._mv,
             self._engine,
@@ -119,19 +132,22 @@ class Intake:
         """Reads a body and what earlier owners generated; only now, as its owner."""
         try:
             request = messages.decode(taken.body, messages.Request)
-        except DecodeError as error:
+            earlier = await self._read_earlier(taken)
+        except (DecodeError, LogExpired) as error:
             await self._refuse(taken, str(error))
             return None
+        return Stream(taken, request, earlier, self._vocabulary)
+
+    async def _read_earlier(self, taken: Taken) -> list[messages.Token]:
         earlier: list[messages.Token] = []
         while len(earlier) < taken.seq:
             entries = await self._store.read_log(taken.rid, len(earlier))
             if not entries:
-                await self._refuse(taken, "its token log is gone")
-                return None
+                raise LogExpired(taken.rid)
             for entry in entries:
                 if isinstance(entry.event, messages.Tokens):
                     earlier += entry.event.tokens
-        return Stream(taken, request, earlier, self._tokenizer)
+        return earlier
 
     async def _refuse(self, taken: Taken, why: str) -> None:
         log.error("request cannot be run", extra={"request_id": taken.rid, "error": why})

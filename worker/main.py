@@ -25,6 +25,7 @@ from worker.engine.interface import Engine
 from worker.intake import Intake
 from worker.outbox import Outbox
 from worker.presence import beat, listen
+from worker.text import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Worker:
             created=int(time.time()),
         )
         self._mv = keys.model_version(model, files.version)
-        self._tokenizer = Tokenizer.from_str(files.tokenizer_json)
+        self._vocabulary = Vocabulary(Tokenizer.from_str(files.tokenizer_json))
         self._started = time.time()
         self._draining = False
         self._store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
@@ -113,16 +114,20 @@ class Worker:
         self._driver = driver
         self._outbox.attach(driver)
         driver.start()
-        listening = asyncio.Event()
+        heard = asyncio.Event()
+        intake = self._intake(driver, heard)
         async with asyncio.TaskGroup() as tasks:
             background = [
-                tasks.create_task(listen(self._settings.redis_url, self._id, listening)),
+                tasks.create_task(listen(self._settings.redis_url, self._id, heard)),
                 tasks.create_task(self._outbox.run()),
                 tasks.create_task(beat(self._store, self._model, self.card)),
             ]
-            intake = tasks.create_task(self._take_when_heard(listening, driver))
+            taking = tasks.create_task(intake.run())
+            announcing = tasks.create_task(self._announce(heard))
             error = await stop
-            await end(intake)
+            await end(announcing)
+            intake.stop()
+            await taking
             if error is None:
                 await self._drain(driver)
             else:
@@ -160,24 +165,26 @@ class Worker:
             preemptions=stats.preemptions,
         )
 
-    async def _take_when_heard(self, listening: asyncio.Event, driver: Driver) -> None:
-        # An engine whose control channel nobody hears would be declared dead as soon as it owns.
-        await listening.wait()
+    async def _announce(self, heard: asyncio.Event) -> None:
+        await heard.wait()
         log.info("ready", extra={"model": self._mv, "engine": self._id})
+
+    def _intake(self, driver: Driver, heard: asyncio.Event) -> Intake:
         settings = self._settings
-        await Intake(
+        return Intake(
             self._store,
             model=self._model.model,
             version=self._model.version,
             engine=self._id,
-            tokenizer=self._tokenizer,
+            vocabulary=self._vocabulary,
+            heard=heard,
             driver=driver,
             outbox=self._outbox,
             max_batch_size=settings.max_batch_size,
             max_wait_ms=settings.max_wait_ms,
             lease_ms=settings.lease_ms,
             aging_ms=int(settings.aging_s * 1000),
-        ).run()
+        )
 
     async def _drain(self, driver: Driver) -> None:
         """Finishes what fits in the grace time and hands the rest to other workers."""
@@ -188,8 +195,8 @@ class Worker:
         while self._outbox.streams and (left := until - loop.time()) > 0:
             await self._outbox.sent(min(left, 0.1))
         owned = [(stream.rid, stream.epoch) for stream in self._outbox.streams.values()]
-        for rid, _ in owned:
-            driver.abort(rid)
+        for name in self._outbox.streams:
+            driver.abort(name)
         if owned:
             try:
                 released = await self._store.release(self._mv, self._id, owned)

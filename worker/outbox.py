@@ -11,7 +11,7 @@ from shared.errors import StoreUnavailable
 from shared.store import Emission, Emitted, Store
 from worker.driver import Driver
 from worker.engine.interface import StepOutput
-from worker.stream import Stream
+from worker.stream import Stream, name_of
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Outbox:
         store: Redis. mv: model@version. engine: this engine's id, half of the fence.
 
     Attributes:
-        streams: by request id.
+        streams: by the name of the ownership.
         waiting: requests waiting for this version, as the last call told.
         fenced: sequences dropped because another engine owned them.
     """
@@ -51,7 +51,7 @@ class Outbox:
 
     def add(self, stream: Stream) -> None:
         """A stream that this worker took."""
-        self.streams[stream.rid] = stream
+        self.streams[stream.name] = stream
 
     def on_step(self, outputs: list[StepOutput]) -> None:
         """What the engine generated."""
@@ -59,8 +59,15 @@ class Outbox:
             stream = self.streams.get(output.rid)
             if stream is None or stream.ended:
                 continue
-            if stream.advance(output):
-                self._abort(output.rid)
+            try:
+                surplus = stream.advance(output)
+            except Exception as error:
+                # An engine's nonsense about one sequence is no reason to lose the others' tokens.
+                log.exception("cannot use an output", extra={"request_id": stream.rid})
+                stream.end("error", code="engine_error", message=f"the engine's output: {error}")
+                surplus = True
+            if surplus:
+                self._abort(stream.name)
         self._steps += 1
         self._stepped.set()
 
@@ -101,13 +108,14 @@ class Outbox:
 
     def _settle(self, emission: Emission, answer: Emitted) -> Stream | None:
         """Acts on the answer for one stream; returns it when it has to be sent again."""
-        stream = self.streams.get(emission.rid)
-        if stream is None or stream.epoch != emission.epoch:
+        name = name_of(emission.rid, emission.epoch)
+        stream = self.streams.get(name)
+        if stream is None:
             return None
         if answer.outcome in ("ok", "duplicate"):
             stream.acknowledge(emission.last)
             if emission.reason:
-                del self.streams[emission.rid]
+                del self.streams[name]
             return None
         if answer.outcome == "gap":
             stream.acknowledge(answer.seq)
@@ -118,10 +126,10 @@ class Outbox:
             "stream left",
             extra={"request_id": emission.rid, "outcome": answer.outcome, "why": answer.reason},
         )
-        del self.streams[emission.rid]
-        self._abort(emission.rid)
+        del self.streams[name]
+        self._abort(name)
         return None
 
-    def _abort(self, rid: str) -> None:
+    def _abort(self, name: str) -> None:
         if self._driver is not None:
-            self._driver.abort(rid)
+            self._driver.abort(name)

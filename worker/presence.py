@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from shared import keys, messages
 from shared.errors import StoreUnavailable
@@ -13,10 +14,12 @@ from shared.store import Store, connect, unavailable
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+PING_S = 0.25
+SILENT_S = 1.0
 
 
-async def listen(url: str, engine: str, ready: asyncio.Event) -> None:
-    """Stays subscribed to the engine's control channel, for ever; `ready` once confirmed.
+async def listen(url: str, engine: str, heard: asyncio.Event) -> None:
+    """Stays subscribed to the engine's control channel, for ever; `heard` is set while it is.
 
     Other engines count the subscribers: a killed process is noticed at once, long before its lease
     runs out.
@@ -27,15 +30,30 @@ async def listen(url: str, engine: str, ready: asyncio.Event) -> None:
             async with unavailable():
                 pubsub = client.pubsub()
                 await pubsub.subscribe(keys.control_channel(engine))
-                while True:
-                    message = await pubsub.get_message(timeout=1.0)
-                    if message is not None and message["type"] == "subscribe":
-                        ready.set()
+                await _watch(pubsub, heard)
         except StoreUnavailable as error:
             log.warning("control channel lost", extra={"error": error.reason})
             await asyncio.sleep(0.1)
         finally:
+            heard.clear()
             await client.aclose(close_connection_pool=True)
+
+
+async def _watch(pubsub: Any, heard: asyncio.Event) -> None:
+    """Asks for a sign of life: a half-open connection would be silent for ever."""
+    loop = asyncio.get_running_loop()
+    heard_at = loop.time()
+    while True:
+        await pubsub.ping()
+        while (message := await pubsub.get_message(timeout=PING_S)) is not None:
+            heard_at = loop.time()
+            if message["type"] == "subscribe":
+                heard.set()
+            elif message["type"] == "pong":
+                await asyncio.sleep(PING_S)
+                break
+        if loop.time() - heard_at > SILENT_S:
+            raise TimeoutError(f"no answer for {SILENT_S} s")
 
 
 async def beat(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 
-from tokenizers import Tokenizer
-
 from shared import messages
 from shared.store import Emission, Taken
 from worker.engine.interface import EngineRequest, SamplingParams, StepOutput
-from worker.text import TextStream
+from worker.text import TextStream, Vocabulary
+
+
+def name_of(rid: str, epoch: int) -> str:
+    """What one ownership of a request is called."""
+    return f"{rid}:{epoch}"
 
 
 class Stream:
@@ -17,7 +20,11 @@ class Stream:
 
     Args:
         taken: what Redis handed over. request: its body. earlier: tokens that earlier owners wrote.
-        tokenizer: of the model.
+        vocabulary: of the model.
+
+    Attributes:
+        name: of this ownership in the engine: the step under way when a request was lost must not
+            write into the stream of the same request taken again.
     """
 
     def __init__(
@@ -25,10 +32,11 @@ class Stream:
         taken: Taken,
         request: messages.Request,
         earlier: list[messages.Token],
-        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
     ) -> None:
         self.rid = taken.rid
         self.epoch = taken.epoch
+        self.name = name_of(taken.rid, taken.epoch)
         self.request = request
         self._cls = taken.cls
         self._waited_ms = taken.waited_ms
@@ -38,7 +46,7 @@ class Stream:
         self._acknowledged = self._base
         self._progress = 0
         self._end: messages.End | None = None
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._text = TextStream(vocabulary, request.sampling.stop, request.prompt)
         for token_id in self._earlier:
             # Stop strings and characters may straddle the change of owner.
             self._text.push(token_id)
@@ -54,7 +62,7 @@ class Stream:
         """The request as the engine knows it, to go on after the earlier tokens."""
         sampling = self.request.sampling
         return EngineRequest(
-            rid=self.rid,
+            rid=self.name,
             prompt=self.request.prompt,
             sampling=SamplingParams(
                 max_tokens=sampling.max_tokens,

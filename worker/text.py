@@ -6,10 +6,21 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+_CONTEXT = 5
+"""Ids of the prompt that the first piece is decoded after: whether it begins with a space."""
 _UNFINISHED = "\ufffd"
 """What decoders put for bytes that are not (yet) a character."""
 _LONGEST_CHARACTER = 8
 """Ids after which an unfinished character is given out as it is: no UTF-8 sequence is longer."""
+
+
+class Vocabulary:
+    """A tokenizer, and which of its ids never have a text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        self.tokenizer = tokenizer
+        self.special = frozenset(i for i, token in added.items() if token.special)
 
 
 class Detokenizer:
@@ -17,16 +28,24 @@ class Detokenizer:
 
     Decoding an id alone loses spaces and splits characters, so each piece is the difference of two
     decodings that start a few ids back. Source: prefix and read offsets as in vLLM and TGI.
+
+    Args:
+        vocabulary: of the model.
+        prompt: ids before the first one.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = vocabulary.tokenizer
+        self._special = vocabulary.special
+        self._ids = [i for i in prompt[-_CONTEXT:] if i not in self._special]
         self._prefix = 0
-        self._read = 0
+        self._read = len(self._ids)
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, "" while a character is unfinished."""
+        if token_id in self._special:
+            # Decoders that strip the first space would take what follows for the beginning.
+            return ""
         self._ids.append(token_id)
         text = self._piece()
         if text.endswith(_UNFINISHED) and len(self._ids) - self._read < _LONGEST_CHARACTER:
@@ -93,8 +112,10 @@ class StopStrings:
 class TextStream:
     """Detokenizing and stop strings together: ids in, text to show out."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self, vocabulary: Vocabulary, stops: Sequence[str], prompt: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(vocabulary, prompt)
         self._stops = StopStrings(stops)
 
     @property

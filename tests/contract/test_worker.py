@@ -13,13 +13,17 @@ from tokenizers import Tokenizer
 from shared import keys, messages
 from shared.errors import StoreUnavailable
 from shared.messages import Request, Sampling
-from shared.store import Emission, Store, connect
+from shared.store import Emission, Store, Taken, connect
 from shared.tasks import end
 from worker.driver import STEPS_AHEAD, Driver
 from worker.engine import EngineOptions, create_engine
 from worker.engine.echo import echo_token
+from worker.engine.interface import StepOutput
 from worker.intake import Intake
 from worker.outbox import Outbox
+from worker.presence import listen
+from worker.stream import Stream
+from worker.text import Vocabulary
 
 MV = "echo@1"
 
@@ -35,6 +39,8 @@ class Rig:
         self.name = name
         self.failures: list[BaseException] = []
         self.tokenizer = Tokenizer.from_str(files.tokenizer_json)
+        self.heard = asyncio.Event()
+        self.heard.set()
         self.outbox = Outbox(store, MV, name)
         self.driver = Driver(engine, on_step=self.outbox.on_step, on_failure=self.failures.append)
         self.outbox.attach(self.driver)
@@ -43,7 +49,8 @@ class Rig:
             model="echo",
             version="1",
             engine=name,
-            tokenizer=self.tokenizer,
+            vocabulary=Vocabulary(self.tokenizer),
+            heard=self.heard,
             driver=self.driver,
             outbox=self.outbox,
             max_batch_size=batch,
@@ -86,7 +93,7 @@ async def submit(store: Store, rid: str, tokens: int = 5, **options: Any) -> Non
         timeout_ms=options.pop("timeout_ms", 20_000),
         grace_ms=options.pop("grace_ms", 60_000),
         keep_ms=5_000,
-        charged=0,
+        attempt="",
         queue_limit=10_000,
         queue_bytes=10**9,
         resumable=False,
@@ -231,7 +238,7 @@ async def test_an_unreadable_body_is_refused_with_one_end(opened: Store) -> None
         timeout_ms=5000,
         grace_ms=1000,
         keep_ms=5000,
-        charged=0,
+        attempt="",
         queue_limit=10,
         queue_bytes=10**6,
         resumable=False,
@@ -250,7 +257,7 @@ async def test_what_the_engine_refuses_ends_with_its_reason(opened: Store) -> No
         timeout_ms=5000,
         grace_ms=1000,
         keep_ms=5000,
-        charged=0,
+        attempt="",
         queue_limit=10,
         queue_bytes=10**6,
         resumable=False,
@@ -315,3 +322,109 @@ async def test_while_redis_is_away_tokens_wait_and_memory_is_bounded(own_server:
     with suppress(StoreUnavailable):
         await store.close()
     await patient.close()
+
+
+def owned(rig: Rig, epoch: int, tokens: int = 3) -> Stream:
+    """A stream as if it had been taken under this epoch."""
+    request = Request(1, "R", "echo", "1", "someone", [1], Sampling(tokens))
+    stream = Stream(Taken("R", epoch, b"", 0, 1, 0, 0), request, [], Vocabulary(rig.tokenizer))
+    rig.outbox.add(stream)
+    return stream
+
+
+async def test_a_step_of_a_lost_ownership_does_not_reach_the_next_one(opened: Store) -> None:
+    """The abort of the old one waits behind a running step while the request is taken again."""
+    rig = Rig(opened, "e1", 8, 1.0)
+    before = owned(rig, 1)
+    del rig.outbox.streams[before.name]
+    after = owned(rig, 3)
+    rig.outbox.on_step([StepOutput(before.name, [40])])
+    rig.outbox.on_step([StepOutput(after.name, [41])])
+    emission = after.emission()
+    assert (emission.first, emission.last) == (1, 1)
+    tokens = messages.decode(emission.tokens, messages.Tokens)
+    assert [token.id for token in tokens.tokens] == [41]
+
+
+async def test_nonsense_about_one_sequence_does_not_lose_the_others(opened: Store) -> None:
+    rig = Rig(opened, "e1", 8, 1.0)
+    bad, good = owned(rig, 1), owned(rig, 2)
+    rig.outbox.on_step([StepOutput(bad.name, [-1]), StepOutput(good.name, [5])])
+    assert bad.emission().reason == "error"
+    assert good.emission().last == 1
+
+
+async def test_what_was_just_taken_is_handed_back_by_a_stop(opened: Store) -> None:
+    rig = Rig(opened, "e1", 8, 1.0)
+    # It never gets further than the wait for more.
+    rig.intake._max_wait_s = 0.3
+    await submit(opened, "r")
+    task = asyncio.create_task(rig.intake.run())
+    async with asyncio.timeout(5):
+        while (await opened.client.hget(keys.request("r"), "st")) != b"r":
+            await asyncio.sleep(0.002)
+    rig.intake.stop()
+    await task
+    assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
+    await opened.cancel("r", "")
+
+
+async def test_a_reply_lost_at_the_stop_is_asked_for_again(opened: Store, server: Any) -> None:
+    flaky = Flaky(connect(server.url, timeout_s=5))
+    flaky.lose = {"take"}
+    rig = Rig(flaky, "e1", 8, 1.0)
+    await submit(opened, "r")
+    task = asyncio.create_task(rig.intake.run())
+    await until(lambda: not flaky.lose)
+    rig.intake.stop()
+    await task
+    assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
+    await opened.cancel("r", "")
+    await flaky.close()
+
+
+async def test_an_engine_that_is_not_heard_takes_nothing(opened: Store) -> None:
+    async with worker(opened) as rig:
+        rig.heard.clear()
+        await asyncio.sleep(0.3)
+        await submit(opened, "r")
+        await asyncio.sleep(0.4)
+        assert (await opened.client.hget(keys.request("r"), "st")) == b"w"
+        rig.heard.set()
+        assert (await result(opened, "r"))[0] == expected(5)
+
+
+async def test_a_corrupt_log_refuses_its_request_alone(opened: Store) -> None:
+    await submit(opened, "broken")
+    await opened.take(MV, "dead", 1, lease_ms=3000, aging_ms=30_000)
+    body = messages.encode(messages.Tokens(1, 1, [messages.Token(0, 1, "")]))
+    await opened.emit(MV, "dead", [Emission("broken", 1, 1, 1, body, 1)])
+    await opened.client.delete(keys.log("broken"))
+    await opened.client.xadd(keys.log("broken"), {"d": b"nonsense"}, id="1-0")
+    await opened.release(MV, "dead", [("broken", 1)])
+    async with worker(opened) as rig:
+        async with asyncio.timeout(5):
+            while (await opened.client.hget(keys.request("broken"), "st")) != b"e":
+                await asyncio.sleep(0.002)
+        assert (await opened.client.hget(keys.request("broken"), "reason")) == b"error"
+        await submit(opened, "next")
+        assert (await result(opened, "next"))[0] == expected(5)
+        await until(lambda: not rig.outbox.streams)
+    await opened.client.delete(keys.log("broken"), keys.request("broken"))
+
+
+async def test_a_control_channel_that_went_silent_is_opened_again(own_server: Any) -> None:
+    heard = asyncio.Event()
+    task = asyncio.create_task(listen(own_server.url, "e1", heard))
+    store = Store(connect(own_server.url, timeout_s=2))
+    await until(heard.is_set)
+    own_server.pause()
+    await until(lambda: not heard.is_set())
+    own_server.go_on()
+    await until(heard.is_set)
+    assert await store.client.publish(keys.control_channel("e1"), "x") >= 1
+    await store.client.client_kill_filter(_type="pubsub")
+    await until(lambda: not heard.is_set())
+    await until(heard.is_set)
+    await end(task)
+    await store.close()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from worker.engine.echo_tokenizer import END_ID, tokenizer_json
-from worker.text import Detokenizer, StopStrings, TextStream
+from worker.text import Detokenizer, StopStrings, TextStream, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
-    stream = Detokenizer(tokenizer)
+    stream = Detokenizer(Vocabulary(tokenizer))
     out = [stream.push(i) for i in tokenizer.encode(text, add_special_tokens=False).ids]
     return [*out, stream.flush()]
 
@@ -37,21 +37,21 @@ def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer: Tokenizer) -> None:
-    stream = Detokenizer(tokenizer)
+    stream = Detokenizer(Vocabulary(tokenizer))
     half = tokenizer.encode("😀", add_special_tokens=False).ids[:2]
     assert [stream.push(i) for i in half] == ["", ""]
     assert stream.flush() == "\ufffd"
 
 
 def test_invalid_bytes_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
-    stream = Detokenizer(tokenizer)
+    stream = Detokenizer(Vocabulary(tokenizer))
     continuation = tokenizer.encode("😀", add_special_tokens=False).ids[1]
     shown = "".join(stream.push(continuation) for _ in range(64))
     assert len(shown) >= 48
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
-    stream = Detokenizer(tokenizer)
+    stream = Detokenizer(Vocabulary(tokenizer))
     assert stream.push(END_ID) == ""
     assert stream.flush() == ""
 
@@ -106,7 +106,7 @@ def test_what_may_become_a_stop_is_held_back() -> None:
 
 
 def test_the_ending_id_has_no_text_but_what_was_held_is_shown(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ["zz"])
+    stream = TextStream(Vocabulary(tokenizer), ["zz"])
     ids = tokenizer.encode("az", add_special_tokens=False).ids
     assert [stream.push(i) for i in ids] == ["a", ""]
     assert stream.finish(ids[0], shown=False) == "z"
@@ -114,7 +114,44 @@ def test_the_ending_id_has_no_text_but_what_was_held_is_shown(tokenizer: Tokeniz
 
 
 def test_a_last_id_that_completes_a_stop_stops(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ["bc"])
+    stream = TextStream(Vocabulary(tokenizer), ["bc"])
     a, b, c = tokenizer.encode("abc", add_special_tokens=False).ids
     assert stream.push(a) + stream.push(b) + stream.finish(c) == "a"
     assert stream.stopped
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    """As of Llama 2: words begin with a space, which the decoder strips from the first one."""
+    words = ["<unk>", "▁France", "▁is", "▁Paris", "▁a", "<0xE2>", "<0x82>", "<0xAC>", "<sp>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<sp>"])
+    return tokenizer
+
+
+def texts(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> list[str]:
+    stream = Detokenizer(Vocabulary(tokenizer), prompt)
+    return [*(stream.push(i) for i in ids), stream.flush()]
+
+
+def test_the_first_word_after_a_prompt_keeps_its_space(sentencepiece: Tokenizer) -> None:
+    assert texts(sentencepiece, [1, 2], [3, 2]) == [" Paris", " is", ""]
+    assert texts(sentencepiece, [], [3, 2]) == ["Paris", " is", ""]
+
+
+def test_a_special_id_in_the_middle_takes_no_space(sentencepiece: Tokenizer) -> None:
+    ids = [3, 8, 2, 8, 8, 4]
+    assert "".join(texts(sentencepiece, [], ids)) == sentencepiece.decode(ids) == "Paris is a"
+
+
+def test_bytes_of_a_fallback_are_one_character(sentencepiece: Tokenizer) -> None:
+    assert texts(sentencepiece, [1], [5, 6, 7, 2]) == ["", "", "€", " is", ""]
