@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -45,7 +46,8 @@ class Subscription:
         self._gone = False
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
-        self.heard_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
 
     @property
     def lagging(self) -> int:
@@ -94,7 +96,7 @@ class Subscription:
             elif self._gone:
                 raise LogExpired(self.rid)
             else:
-                self._waiter = asyncio.get_running_loop().create_future()
+                self._waiter = self._loop.create_future()
                 await self._waiter
                 continue
             fresh = self._accept(entry)
@@ -132,9 +134,10 @@ class Subscription:
         try:
             while True:
                 try:
+                    # Asked first: what had ended by then has its end in the log.
+                    over = await self._hub.over(self.rid)
                     entries = await self._hub.store.read_log(self.rid, self.last, PAGE)
-                    if not entries and not await self._hub.exists(self.rid):
-                        self._gone = True
+                    self._gone = over and not entries
                     break
                 except StoreUnavailable:
                     await asyncio.sleep(RETRY_S)
@@ -146,7 +149,7 @@ class Subscription:
             self._stale = True
 
     def _wake(self) -> None:
-        self.heard_at = asyncio.get_running_loop().time()
+        self.heard_at = self._loop.time()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._waiter = None
@@ -233,10 +236,11 @@ class Hub:
                 raise
         return reader
 
-    async def exists(self, rid: str) -> bool:
-        """Whether the request is known to Redis, ended or not."""
+    async def over(self, rid: str) -> bool:
+        """Whether the request has ended, or is not known to Redis any more."""
+        client: Any = self.store.client
         async with unavailable():
-            return bool(await self.store.client.exists(keys.request(rid)))
+            return await client.hget(keys.request(rid), "st") in (None, b"e")
 
     def _forget(self, reader: Subscription) -> None:
         name = keys.log(reader.rid).encode()

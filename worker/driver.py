@@ -6,24 +6,59 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from worker.engine.interface import Engine, EngineRequest, EngineStats, StepOutput
+
+T = TypeVar("T")
 
 STEPS_AHEAD = 64
 """Steps the engine may run beyond what the loop has handled; then it waits: memory is bounded."""
 
 
+class EngineThread:
+    """The one thread that makes, warms up and steps the engine.
+
+    Not the main thread and another one: OpenMP keeps a team of threads for each thread that ever
+    computed, and two teams on the same cores cost 35-40 % of the tokens (measured, 2 cores).
+    """
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[tuple[Callable[[], object], Future[Any]]] = (
+            queue.SimpleQueue()
+        )
+        # A daemon: a process that is told to stop does not wait for a model to load.
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def run(self, function: Callable[[], T]) -> Future[T]:
+        """Calls a function in the thread, after those before it."""
+        future: Future[T] = Future()
+        self._work.put((function, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            function, future = self._work.get()
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 class Driver:
-    """Runs an engine in a thread of its own, one step after the other.
+    """Runs an engine in its thread, one step after the other.
 
     Args:
-        engine: warmed up. on_step: called in the event loop with each step's outputs.
-        on_failure: called in the event loop when a step raised; the thread has stopped.
+        engine: warmed up. thread: the one that made it.
+        on_step: called in the event loop with each step's outputs.
+        on_failure: called in the event loop when a step raised; no step follows.
     """
 
     def __init__(
         self,
         engine: Engine,
+        thread: EngineThread,
         *,
         on_step: Callable[[list[StepOutput]], None],
         on_failure: Callable[[BaseException], None],
@@ -39,7 +74,8 @@ class Driver:
         self._sent = 0
         self._received = 0
         self.stats = EngineStats()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = thread
+        self._finished: Future[None] | None = None
 
     @property
     def room(self) -> int:
@@ -47,8 +83,8 @@ class Driver:
         return max(0, self._room - (self._sent - self._received))
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts stepping."""
+        self._finished = self._thread.run(self._run)
 
     def add(self, request: EngineRequest) -> None:
         """Passes a request to the engine; a refusal comes back as an output with finish "error"."""
@@ -64,11 +100,11 @@ class Driver:
         self._ahead.release()
 
     async def stop(self) -> None:
-        """Ends the thread after its current step and closes the engine."""
+        """Ends after the current step and closes the engine."""
         self._commands.put(None)
         self._ahead.release()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        if self._finished is not None:
+            await asyncio.wrap_future(self._finished)
 
     def _run(self) -> None:
         try:

@@ -19,9 +19,10 @@ from shared.logging import setup_logging
 from shared.settings import ModelSource, Settings, SettingsError
 from shared.store import Store, connect
 from shared.tasks import end
-from worker.driver import Driver
-from worker.engine import EngineOptions, ModelFiles, create_engine
+from worker.driver import Driver, EngineThread
+from worker.engine import EngineError, EngineOptions, ModelFiles, create_engine
 from worker.engine.interface import Engine
+from worker.engine.progress import ProgressLog
 from worker.intake import Intake
 from worker.outbox import Outbox
 from worker.presence import beat, listen
@@ -41,11 +42,12 @@ def main(settings: Settings) -> int:
         if len(sources) != 1:
             names = ", ".join(source.name for source in sources)
             raise SettingsError(f"RTS_MODEL names {names}: a worker process serves one model")
-        engine, files = _load(settings, sources[0])
-    except (SettingsError, ImportError, ValueError, TypeError) as error:
+        thread = EngineThread()
+        engine, files = thread.run(lambda: _load(settings, sources[0])).result()
+    except (SettingsError, EngineError, ImportError) as error:
         log.error(str(error))
         return 2
-    return uvloop.run(Worker(settings, sources[0].name, engine, files).run())
+    return uvloop.run(Worker(settings, sources[0].name, engine, files, thread).run())
 
 
 def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
@@ -57,10 +59,12 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
             source=source.source,
             dtype=settings.dtype,
             max_batch_size=settings.max_batch_size,
+            lease_ms=settings.lease_ms,
             echo_step_ms=settings.echo_step_ms,
             kv_cache_mb=settings.kv_cache_mb,
             threads=settings.threads,
             data_dir=settings.data_dir,
+            progress=ProgressLog(),
         )
     )
     loaded = time.monotonic()
@@ -74,9 +78,17 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
 class Worker:
     """Everything around one loaded engine."""
 
-    def __init__(self, settings: Settings, model: str, engine: Engine, files: ModelFiles) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: str,
+        engine: Engine,
+        files: ModelFiles,
+        thread: EngineThread,
+    ) -> None:
         self._settings = settings
         self._engine = engine
+        self._thread = thread
         self._id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._model = messages.ModelCard(
             messages.VERSION,
@@ -110,7 +122,7 @@ class Worker:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, finish)
-        driver = Driver(self._engine, on_step=self._outbox.on_step, on_failure=finish)
+        driver = Driver(self._engine, self._thread, on_step=self._outbox.on_step, on_failure=finish)
         self._driver = driver
         self._outbox.attach(driver)
         driver.start()

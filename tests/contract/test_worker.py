@@ -15,7 +15,7 @@ from shared.errors import StoreUnavailable
 from shared.messages import Request, Sampling
 from shared.store import Emission, Store, Taken, connect
 from shared.tasks import end
-from worker.driver import STEPS_AHEAD, Driver
+from worker.driver import STEPS_AHEAD, Driver, EngineThread
 from worker.engine import EngineOptions, create_engine
 from worker.engine.echo import echo_token
 from worker.engine.interface import StepOutput
@@ -42,7 +42,9 @@ class Rig:
         self.heard = asyncio.Event()
         self.heard.set()
         self.outbox = Outbox(store, MV, name)
-        self.driver = Driver(engine, on_step=self.outbox.on_step, on_failure=self.failures.append)
+        self.driver = Driver(
+            engine, EngineThread(), on_step=self.outbox.on_step, on_failure=self.failures.append
+        )
         self.outbox.attach(self.driver)
         self.intake = Intake(
             store,

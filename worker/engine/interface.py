@@ -6,8 +6,8 @@ implements `Engine` (echo, torch, a user's own) passes one suite, tests/contract
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Finish = Literal["stop", "length", "error"]
@@ -19,7 +19,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: most tokens to generate, >= 1, counted from the end of the prompt.
-        temperature: 0 is greedy; otherwise logits are divided by it, up to 2.
+        temperature: below 1e-5 is greedy; otherwise logits are divided by it, up to 2.
         top_p: keep the most likely tokens whose probability sums to at least this, in (0, 1].
         top_k: keep this many most likely tokens; 0 keeps all.
         seed: 0 .. 2**63-1. The random number of a token is a function of (seed, choice, position)
@@ -122,16 +122,19 @@ class EngineStats:
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
-    """A continuously batched model. One thread calls everything but the constructor."""
+    """A continuously batched model. One thread calls everything, the constructor included."""
 
     info: EngineInfo
 
     def warm_up(self) -> None:
-        """Compiles, allocates and runs what the first request would otherwise wait for."""
+        """Compiles, allocates and runs what the first request would otherwise wait for.
+
+        Raises:
+            worker.engine.EngineError: the engine cannot serve here, and why.
+        """
 
     def room(self) -> int:
         """How many more sequences `add` would accept now, and could start soon: 0 when full."""
