@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 from arq import cron
-from arq.connections import RedisSettings
+from arq.connections import ArqRedis
 from arq.worker import Worker
 from redis.exceptions import RedisError
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 EVERY_SECOND = set(range(60))
 QUEUE = "rts:arq"
+REDIS_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 """Pause before the worker is started again after Redis was away."""
 
@@ -42,11 +43,12 @@ async def _run(settings: Settings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = Store(connect(settings.redis_url, timeout_s=5.0))
+    store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
     stopping = asyncio.create_task(stop.wait())
     try:
         while not stop.is_set():
-            worker = _worker(settings, store)
+            queue = _queue(settings)
+            worker = _worker(queue, store)
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
@@ -54,6 +56,8 @@ async def _run(settings: Settings) -> int:
             outcome = (await asyncio.gather(running, return_exceptions=True))[0]
             with suppress(RedisError):
                 await worker.close()
+            # arq leaves it open when Redis is away.
+            await queue.aclose(close_connection_pool=True)
             if not stop.is_set():
                 # arq's worker ends when Redis goes away; this process waits for it to come back.
                 log.warning("control lost Redis", extra={"error": repr(outcome)})
@@ -64,18 +68,29 @@ async def _run(settings: Settings) -> int:
     return 0
 
 
-def _worker(settings: Settings, store: Store) -> Worker:
+def _queue(settings: Settings) -> ArqRedis:
+    # arq's own reading of a URL keeps %40 in a password as it is and ignores the query.
+    pool = connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S).connection_pool
+    return ArqRedis(
+        pool,
+        # arq pickles by default; whoever can write to Redis must not be able to run code here.
+        job_serializer=msgspec.msgpack.encode,
+        job_deserializer=msgspec.msgpack.decode,
+        default_queue_name=QUEUE,
+    )
+
+
+def _worker(queue: ArqRedis, store: Store) -> Worker:
     return Worker(
         cron_jobs=[
             cron(janitor, second=EVERY_SECOND, timeout=10),
             cron(settling, second=EVERY_SECOND, timeout=60),
         ],
-        redis_settings=RedisSettings.from_dsn(settings.redis_url),
+        redis_pool=queue,
         queue_name=QUEUE,
         health_check_key=f"{QUEUE}:health",
-        # arq pickles by default; whoever can write to Redis must not be able to run code here.
-        job_serializer=msgspec.msgpack.encode,
-        job_deserializer=msgspec.msgpack.decode,
+        job_serializer=queue.job_serializer,
+        job_deserializer=queue.job_deserializer,
         handle_signals=False,
         keep_result=0,
         on_startup=_ready,

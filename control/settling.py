@@ -18,7 +18,7 @@ STALE_MS = 30_000
 async def settle(store: Store, consumer: str) -> int:
     """Settles every fact there is; returns how many.
 
-    A fact is acknowledged after its budget was settled, and settling is idempotent by request id: a
+    A fact is acknowledged after its budget was settled, and settling is idempotent by its id: a
     control process that dies in between loses and repeats nothing.
 
     Raises:
@@ -33,7 +33,7 @@ async def settle(store: Store, consumer: str) -> int:
     facts = reply[1]
     while True:
         for entry_id, fact in facts:
-            await _settle_one(store, fact)
+            await _settle_one(store, entry_id.decode(), fact)
             async with unavailable():
                 await store.client.xack(keys.ENDED, keys.CONTROL_GROUP, entry_id)
             settled += 1
@@ -46,10 +46,10 @@ async def settle(store: Store, consumer: str) -> int:
         facts = page[0][1]
 
 
-async def _settle_one(store: Store, fact: dict[bytes, bytes]) -> None:
+async def _settle_one(store: Store, fact_id: str, fact: dict[bytes, bytes]) -> None:
     unused = int(fact[b"charge"]) - int(fact[b"prompt"]) - int(fact[b"tokens"])
     if unused > 0:
-        await store.settle(fact[b"caller"].decode(), fact[b"rid"].decode(), 0, unused)
+        await store.settle(fact[b"caller"].decode(), fact_id, unused)
 
 
 async def _ensure_group(store: Store) -> None:

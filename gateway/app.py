@@ -13,6 +13,7 @@ from gateway import middleware, openapi, routes_infer, routes_openai, routes_req
 from gateway.edge import EDGE, Edge
 from gateway.flows import HANDOVER
 from gateway.hub import Hub
+from gateway.protocol import Runner
 from shared.settings import Settings
 from shared.store import Store, connect
 
@@ -70,11 +71,12 @@ class Server:
     def __init__(self, app: web.Application) -> None:
         self._app = app
         self._edge = app[EDGE]
-        self._runner = web.AppRunner(
+        self._runner = Runner(
             app,
             access_log=None,
             handler_cancellation=True,
             keepalive_timeout=KEEP_ALIVE_S,
+            auto_decompress=False,
             shutdown_timeout=LAST_STEPS_S,
         )
 
@@ -104,14 +106,15 @@ class Server:
         edge = self._edge
         edge.draining = True
         ends_at = asyncio.get_running_loop().time() + grace_s
-        while (left_s := ends_at - asyncio.get_running_loop().time()) > 0:
+        while True:
             # Each time: what was about to be accepted when it began opens a moment later.
             for flow in edge.flows:
                 if flow.kept and flow.response is not None:
                     flow.stop(HANDOVER)
-            if (hurry is not None and hurry.is_set()) or await edge.flows.empty(
-                min(left_s, _HURRY_LOOK_S)
-            ):
+            left_s = ends_at - asyncio.get_running_loop().time()
+            if left_s <= 0 or (hurry is not None and hurry.is_set()):
+                break
+            if await edge.flows.empty(min(left_s, _HURRY_LOOK_S)):
                 break
         for flow in edge.flows:
             flow.stop("gateway_draining")

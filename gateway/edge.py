@@ -16,10 +16,10 @@ from gateway.flows import Flows
 from gateway.hub import Hub
 from gateway.metrics import Metrics
 from gateway.models import Models
-from shared import tasks
+from shared import keys, tasks
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
-from shared.store import Store
+from shared.store import Store, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Edge:
         self.settings = settings
         self.store = store
         self.hub = hub
-        self.models = Models(store)
+        self.models = Models(store, lambda: self.healthy)
         self.census = Census(store)
         self.callers = Callers(settings.trusted_proxies)
         self.flows = Flows(store, hub, settings)
@@ -75,6 +75,7 @@ class Edge:
         if self._errands:
             await asyncio.wait(self._errands, timeout=ERRANDS_S)
         await tasks.end(*self._errands)
+        await self.models.close()
         await self.hub.close()
         await self.store.close()
 
@@ -95,6 +96,15 @@ class Edge:
                 return await self.store.cancel(rid, caller)
             await asyncio.sleep(0.5)
         return ""
+
+    async def is_first(self, rid: str) -> bool:
+        """Whether nobody has counted the end of a request that several gateways may relay."""
+        name, client = keys.request(rid), self.store.client
+        async with unavailable(), client.pipeline(transaction=False) as pipe:
+            pipe.hsetnx(name, "ct", "1")
+            # If it expired just now, what was set here shall not stay.
+            pipe.expire(name, 1, nx=True)
+            return bool((await pipe.execute())[0])
 
     async def _look_around(self) -> None:
         while True:

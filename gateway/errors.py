@@ -174,7 +174,10 @@ _RETRY_AFTER_S = {
     "gateway_draining": 1,
 }
 _CLOSING = frozenset(
-    {"too_many_connections", "gateway_draining", "body_too_large", "request_timeout"}
+    {
+        *("too_many_connections", "gateway_draining"),
+        *("body_too_large", "request_timeout", "invalid_body"),
+    }
 )
 """After these the connection is closed: for another gateway, or because its body was not read."""
 
@@ -195,6 +198,9 @@ def describe(error: Exception) -> Problem:
         return _problem(status, kind, code, str(error), "messages")
     if isinstance(error, ModelNotFound):
         return _problem(status, kind, code, str(error), "model")
+    if isinstance(error, StoreUnavailable):
+        # Its reason names addresses and paths: that is for the log.
+        return _problem(status, kind, code, "The queue cannot be reached; try again in a moment")
     if isinstance(error, IdempotencyConflict):
         return _problem(status, kind, code, str(error), "Idempotency-Key")
     if isinstance(error, RateLimited):
@@ -204,6 +210,19 @@ def describe(error: Exception) -> Problem:
         problem.headers["retry-after-ms"] = str(error.retry_ms)
         return problem
     return _problem(status, kind, code, str(error))
+
+
+def http_problem(status: int, message: str) -> Problem:
+    """What the HTTP server itself refuses."""
+    codes = {
+        404: "not_found",
+        405: "method_not_allowed",
+        413: "body_too_large",
+        417: "expectation_failed",
+    }
+    if status >= 500:
+        return _problem(status, _SERVER, "internal_error", message)
+    return _problem(status, _INVALID, codes.get(status, "bad_request"), message)
 
 
 def is_known(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from aiohttp import web
 
 from gateway.hub import Hub, Subscription
+from gateway.protocol import Protocol
 from gateway.sse import KEEP_ALIVE
 from shared import keys
 from shared.errors import StoreUnavailable
@@ -30,7 +31,8 @@ class Flow:
 
     Attributes:
         kept: the request outlives this connection.
-        response: where events go; None before it opened, and for a reply in one piece.
+        request: the client's. response: where events go; None before it opened, and for a reply
+            in one piece.
         heard_at: time of the last entry. wrote_at: of the last bytes sent.
         progress: rows the engine had computed when the stream was last found silent.
         blocked_at: since when a write waits for the client; 0: none does.
@@ -39,8 +41,16 @@ class Flow:
     """
 
     def __init__(
-        self, rid: str, caller: str, subscription: Subscription, *, kept: bool, now: float
+        self,
+        request: web.Request,
+        rid: str,
+        caller: str,
+        subscription: Subscription,
+        *,
+        kept: bool,
+        now: float,
     ) -> None:
+        self.request = request
         self.rid = rid
         self.caller = caller
         self.subscription = subscription
@@ -70,17 +80,24 @@ class Flow:
         self._task.uncancel()
         return True
 
+    def look_for_end(self) -> None:
+        """Notices a client's leaving behind what it sent ahead."""
+        if isinstance(self.request.protocol, Protocol):
+            self.request.protocol.look_for_end()
+
     def over(self) -> None:
         """From now on nothing interrupts the task."""
         self._over = True
 
     async def keep_alive(self, now: float) -> None:
-        """Sends a comment, unless something is being written."""
-        response = self.response
-        if response is None or self.blocked_at or self._over:
+        """Sends a comment, unless something is being written or has yet to be read."""
+        response, transport = self.response, self.request.transport
+        if response is None or transport is None or self.blocked_at or self._over:
             return
         self.wrote_at = now
-        await response.write(KEEP_ALIVE)
+        # So this never waits for the client, which all other streams' watch would wait for, too.
+        if not transport.get_write_buffer_size():
+            await response.write(KEEP_ALIVE)
 
 
 class Flows:
@@ -99,10 +116,18 @@ class Flows:
     def __iter__(self) -> Iterator[Flow]:
         return iter(list(self._flows))
 
-    def open(self, rid: str, caller: str, subscription: Subscription, *, kept: bool) -> Flow:
+    def open(
+        self,
+        request: web.Request,
+        rid: str,
+        caller: str,
+        subscription: Subscription,
+        *,
+        kept: bool,
+    ) -> Flow:
         """A new flow, run by the current task."""
         now = asyncio.get_running_loop().time()
-        flow = Flow(rid, caller, subscription, kept=kept, now=now)
+        flow = Flow(request, rid, caller, subscription, kept=kept, now=now)
         self._flows.add(flow)
         return flow
 
@@ -140,6 +165,7 @@ class Flows:
         now = asyncio.get_running_loop().time()
         silent = []
         for flow in self:
+            flow.look_for_end()
             if self._is_slow(flow, now):
                 flow.stop("slow_client")
                 continue

@@ -125,11 +125,17 @@ class InferFormat:
 
 
 class _OpenAIFormat:
-    """What chat.completion.chunk and text_completion have in common."""
+    """What chat.completion.chunk and text_completion have in common.
+
+    Attributes:
+        inside: a chunk's own part; %b is its text. last_inside: that of the finish reason's chunk.
+    """
 
     object_name = ""
     chunk_name = ""
+    inside = b"%b"
     id_prefix = ""
+    last_inside = b""
 
     def __init__(self, subject: Subject) -> None:
         view = subject.view
@@ -145,6 +151,26 @@ class _OpenAIFormat:
         opened = sse.encode({"object": self.chunk_name, **self._common})[:-1]
         null_usage = b',"usage":null' if view.include_usage else b""
         self._head = b"data: " + opened + null_usage + b',"choices":[{"index":0,'
+
+    def begin(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def tokens(self, first: int, tokens: Sequence[messages.Token]) -> bytes:
+        """One chunk a token with text."""
+        encode, inside = sse.encode, self.inside
+        return b"".join(
+            [
+                self._chunk(number, inside % encode(token.text))
+                for number, token in enumerate(tokens, first)
+                if token.text
+            ]
+        )
+
+    def end(self, outcome: Outcome) -> bytes:
+        """The chunk with the finish reason, then the usage if it was asked for."""
+        last = self._chunk(outcome.tokens, self.last_inside, sse.encode(outcome.reason))
+        return last + self._usage_chunk(outcome)
 
     def _chunk(self, number: int, inside: bytes, finish_reason: bytes = b"null") -> bytes:
         return b'id: %d\n%b%b,"logprobs":null,"finish_reason":%b}]}\n\n' % (
@@ -182,26 +208,12 @@ class ChatFormat(_OpenAIFormat):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
+    inside = b'"delta":{"content":%b}'
+    last_inside = b'"delta":{}'
 
     def begin(self) -> bytes:
         """The chunk with the role."""
         return self._chunk(0, b'"delta":{"role":"assistant","content":""}')
-
-    def tokens(self, first: int, tokens: Sequence[messages.Token]) -> bytes:
-        """One chunk a token with text."""
-        encode = sse.encode
-        return b"".join(
-            [
-                self._chunk(number, b'"delta":{"content":%b}' % encode(token.text))
-                for number, token in enumerate(tokens, first)
-                if token.text
-            ]
-        )
-
-    def end(self, outcome: Outcome) -> bytes:
-        """The chunk with the finish reason, then the usage if it was asked for."""
-        last = self._chunk(outcome.tokens, b'"delta":{}', sse.encode(outcome.reason))
-        return last + self._usage_chunk(outcome)
 
     def reply(self, tokens: Sequence[str], outcome: Outcome) -> dict[str, Any]:
         """chat.completion."""
@@ -215,26 +227,8 @@ class CompletionFormat(_OpenAIFormat):
     object_name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl-"
-
-    def begin(self) -> bytes:
-        """Nothing."""
-        return b""
-
-    def tokens(self, first: int, tokens: Sequence[messages.Token]) -> bytes:
-        """One chunk a token with text."""
-        encode = sse.encode
-        return b"".join(
-            [
-                self._chunk(number, b'"text":%b' % encode(token.text))
-                for number, token in enumerate(tokens, first)
-                if token.text
-            ]
-        )
-
-    def end(self, outcome: Outcome) -> bytes:
-        """The chunk with the finish reason, then the usage if it was asked for."""
-        last = self._chunk(outcome.tokens, b'"text":""', sse.encode(outcome.reason))
-        return last + self._usage_chunk(outcome)
+    inside = b'"text":%b'
+    last_inside = b'"text":""'
 
     def reply(self, tokens: Sequence[str], outcome: Outcome) -> dict[str, Any]:
         """text_completion."""

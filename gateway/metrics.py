@@ -29,6 +29,7 @@ MOST_SERIES = 512
 """Pairs of model and priority that are told apart; further ones are counted together."""
 WINDOW_S = 60.0
 MOST_IN_WINDOW = 8192
+_PARTS = ("queue", "prefill", "decode")
 
 _TOKEN_BOUNDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075),
@@ -94,10 +95,12 @@ class Meter:
     Args:
         series: where it counts. window: the model's finished requests. started: when it came in.
         prompt_tokens: counted with the first token.
+        resumed: its beginning was measured elsewhere; only its end is of interest.
     """
 
     __slots__ = (
         "_prompt_tokens",
+        "_resumed",
         "_series",
         "_started",
         "_window",
@@ -107,18 +110,27 @@ class Meter:
     )
 
     def __init__(
-        self, series: Series, window: deque[Finished], started: float, prompt_tokens: int
+        self,
+        series: Series,
+        window: deque[Finished],
+        started: float,
+        prompt_tokens: int,
+        *,
+        resumed: bool = False,
     ) -> None:
         self._series = series
         self._window = window
         self._started = started
         self._prompt_tokens = prompt_tokens
+        self._resumed = resumed
         self.first_at = 0.0
         self.last_at = 0.0
         self.tokens = 0
 
     def count(self, now: float, tokens: int) -> None:
         """Some tokens arrived together."""
+        if self._resumed:
+            return
         series = self._series
         if self.tokens:
             series.inter_token.observe((now - self.last_at) / tokens)
@@ -130,15 +142,18 @@ class Meter:
         self.tokens += tokens
         series.generated_tokens += tokens
 
-    def end(self, now: float, end: messages.End) -> None:
-        """The request ended."""
+    def end(self, now: float, end: messages.End, tokens: int) -> None:
+        """The request ended, with so many tokens in all."""
         series = self._series
         series.ended[end.reason] = series.ended.get(end.reason, 0) + 1
-        series.end_to_end.observe(now - self._started)
+        total_s = now - self._started
+        if self._resumed and end.timings:
+            total_s = sum(end.timings.get(part, 0.0) for part in _PARTS) / 1000
+        series.end_to_end.observe(total_s)
         if "queue" in end.timings:
             series.queue_time.observe(end.timings["queue"] / 1000)
         failed = end.reason not in ("stop", "length", "cancelled", "abandoned")
-        self._window.append(Finished(now, now - self._started, self.tokens, failed))
+        self._window.append(Finished(now, total_s, tokens, failed))
 
 
 class Metrics(Collector):
@@ -152,11 +167,13 @@ class Metrics(Collector):
         self._windows: dict[str, deque[Finished]] = {}
         self.resumes = 0
 
-    def meter(self, model: str, cls: str, started: float, prompt_tokens: int) -> Meter:
-        """A meter for a new request."""
+    def meter(
+        self, model: str, cls: str, started: float, prompt_tokens: int, *, resumed: bool = False
+    ) -> Meter:
+        """A meter for a new request, or for the end of one that goes on here."""
         name, series = self._find(model, cls)
         window = self._windows.setdefault(name, deque(maxlen=MOST_IN_WINDOW))
-        return Meter(series, window, started, prompt_tokens)
+        return Meter(series, window, started, prompt_tokens, resumed=resumed)
 
     def count_limited(self, model: str, cls: str) -> None:
         """A request was refused for its caller's limits."""

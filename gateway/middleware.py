@@ -13,9 +13,11 @@ from aiohttp.typedefs import Handler
 
 from gateway import sse
 from gateway.edge import EDGE, Edge
-from gateway.errors import Draining, Problem, TooManyConnections, describe, is_known
+from gateway.errors import Draining, TooManyConnections, describe, http_problem, is_known
 from gateway.headers import ALLOWED, read_label
 from gateway.limits import EXPOSED
+from gateway.protocol import SERVER, problem_response
+from shared.errors import StoreUnavailable
 from shared.settings import Settings
 
 log = logging.getLogger("gateway.access")
@@ -119,8 +121,7 @@ def install(app: web.Application, settings: Settings) -> None:
         if trail is not None:
             response.headers["X-Request-Id"] = trail.label
         response.headers.update(cors.headers(request))
-        # Without it aiohttp tells the versions of everything.
-        response.headers["Server"] = "realtime-ai-serve"
+        response.headers["Server"] = SERVER
         if request.app[EDGE].draining:
             response.force_close()
             response.headers["Connection"] = "close"
@@ -141,7 +142,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         _refuse(request, request.app[EDGE])
         return await handler(request)
     except web.HTTPException as error:
-        return _problem_response(_of_http(request, error), error.headers)
+        return _of_http(request, error)
     except ConnectionError:
         raise
     except Exception as error:
@@ -149,7 +150,9 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             log.exception("a handler failed", extra={"request_id": request[TRAIL].label})
         problem = describe(error)
         request[TRAIL].facts["error"] = problem.code
-        return _problem_response(problem)
+        if isinstance(error, StoreUnavailable):
+            request[TRAIL].facts["why"] = error.reason
+        return problem_response(problem)
 
 
 def _refuse(request: web.Request, edge: Edge) -> None:
@@ -160,29 +163,18 @@ def _refuse(request: web.Request, edge: Edge) -> None:
         raise TooManyConnections("This gateway has too many connections; try again later")
 
 
-def _problem_response(problem: Problem, more: Any = None) -> web.Response:
-    headers = dict(problem.headers)
-    if more is not None and "Allow" in more:
-        headers["Allow"] = more["Allow"]
-    response = json_response(problem.body(), problem.status, headers)
-    if headers.get("Connection") == "close":
-        response.force_close()
-    return response
-
-
-def _of_http(request: web.Request, error: web.HTTPException) -> Problem:
+def _of_http(request: web.Request, error: web.HTTPException) -> web.Response:
     """What the HTTP server itself refuses, as an unknown path, in our shape."""
     messages = {
         404: f"There is nothing at {request.method} {request.path}",
         405: f"{request.method} is not allowed at {request.path}",
     }
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-    return Problem(
-        error.status,
-        "invalid_request_error" if error.status < 500 else "server_error",
-        codes.get(error.status, "bad_request" if error.status < 500 else "internal_error"),
-        messages.get(error.status, error.reason),
+    response = problem_response(
+        http_problem(error.status, messages.get(error.status, error.reason))
     )
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
 
 
 def _log(request: web.Request, trail: Trail, status: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.errors import ModelNotFound, ModelNotReady
-from shared import keys, messages
+from shared import keys, messages, tasks
+from shared.errors import StoreUnavailable
 from shared.store import Store, unavailable
 from shared.tokenizer import PromptTokenizer
 
@@ -16,6 +18,8 @@ log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 0.2
 """An unknown model makes us ask Redis at once, but not more often than this."""
+LOOK_S = 0.8
+"""Longest that a request waits for that: an outage is answered within a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +40,22 @@ class ServedModel:
 
 
 class Models:
-    """A copy of what Redis says of models, refreshed by its owner each second."""
+    """A copy of what Redis says of models, refreshed by its owner each second.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: where they are. healthy: whether Redis can be reached as far as is known.
+    """
+
+    def __init__(self, store: Store, healthy: Callable[[], bool] = lambda: True) -> None:
         self._store = store
+        self._healthy = healthy
         self._served: dict[str, ServedModel] = {}
         self._known: dict[str, str] = {}
         self._broken: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._refreshed_at = float("-inf")
+        self._look: asyncio.Task[StoreUnavailable | None] | None = None
+        self._looked_at = float("-inf")
 
     def served(self) -> list[ServedModel]:
         """All models that can be served now, by name."""
@@ -64,7 +75,7 @@ class Models:
         """
         model = self._served.get(name)
         if model is None:
-            await self._look_again()
+            await self._look_again(name)
             model = self._served.get(name)
         if model is not None:
             return model
@@ -90,10 +101,36 @@ class Models:
                     await self._load(name, version)
             self._refreshed_at = asyncio.get_running_loop().time()
 
-    async def _look_again(self) -> None:
-        if asyncio.get_running_loop().time() - self._refreshed_at < LOOK_AGAIN_S:
+    async def close(self) -> None:
+        """Stops, leaving no task behind."""
+        if self._look is not None:
+            await tasks.end(self._look)
+
+    async def _look_again(self, name: str) -> None:
+        """One look for all who ask at the same time, and its failure is theirs, too."""
+        now = asyncio.get_running_loop().time()
+        if now - self._refreshed_at < LOOK_AGAIN_S:
             return
-        await self.refresh()
+        if not self._healthy():
+            raise StoreUnavailable("no connection")
+        look = self._look
+        if look is None or (look.done() and now - self._looked_at >= LOOK_AGAIN_S):
+            look = self._look = asyncio.create_task(self._look_once(), name="look for a model")
+        await asyncio.wait([look], timeout=LOOK_S)
+        error = look.result() if look.done() else None
+        if error is not None:
+            raise StoreUnavailable(error.reason)
+        if not look.done() and name not in self._known:
+            raise StoreUnavailable("no answer in time")
+
+    async def _look_once(self) -> StoreUnavailable | None:
+        try:
+            await self.refresh()
+        except StoreUnavailable as error:
+            return error
+        finally:
+            self._looked_at = asyncio.get_running_loop().time()
+        return None
 
     async def _live_versions(self) -> dict[str, str]:
         client: Any = self._store.client

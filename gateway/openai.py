@@ -57,6 +57,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields we do not act on, and their values, beside null, that ask for what we do anyway."""
 
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "name": (),
     "refusal": (),
     "audio": (),
     "annotations": ([],),
@@ -64,7 +65,7 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "reasoning_content": (),
 }
-"""Fields of an answer that clients send back as they got them."""
+"""Fields of a message we do not act on; most are of answers, sent back as they came."""
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag="text", tag_field="type"):
@@ -78,7 +79,7 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+    name: Any = None
     refusal: Any = None
     audio: Any = None
     annotations: Any = None

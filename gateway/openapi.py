@@ -122,8 +122,8 @@ def describe_api() -> dict[str, Any]:
                 "get": _get("State, place in the queue, expected wait", "id"),
                 "delete": _get("Cancel", "id"),
             },
-            "/requests/{id}/stream": {"get": _get("Resume from behind Last-Event-ID", "id")},
-            "/infer_stream/{id}": {"get": _get("The same", "id")},
+            "/requests/{id}/stream": {"get": _resume("Resume from behind Last-Event-ID")},
+            "/infer_stream/{id}": {"get": _resume("The same")},
             "/models": {"get": _get("All models")},
             "/health": {"get": _get("State of this gateway")},
             "/status": {"get": _get("Queues, workers, models")},
@@ -154,6 +154,12 @@ def _get(summary: str, *path: str) -> dict[str, Any]:
         "parameters": [_parameter(name, "path") for name in path],
         "responses": {"200": {"description": "The answer"}, "default": _failure()},
     }
+
+
+def _resume(summary: str) -> dict[str, Any]:
+    found = _get(summary, "id")
+    found["parameters"].append(_parameter("Last-Event-ID", "header"))
+    return found
 
 
 def _parameter(name: str, place: str) -> dict[str, Any]:

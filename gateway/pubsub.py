@@ -21,6 +21,8 @@ PING_S = 0.25
 """How often the connection is asked for a sign of life."""
 PONG_S = 0.5
 """A connection that has been silent this long after a ping is half-open: it is dropped."""
+_UNHEARD = int(PONG_S / PING_S)
+"""Pings without any sign of life after which that is so."""
 
 
 class _Protocol(asyncio.Protocol):
@@ -31,12 +33,11 @@ class _Protocol(asyncio.Protocol):
     ) -> None:
         self._reader = hiredis.Reader()
         self._deliver = deliver
-        self._loop = loop
-        self.heard_at = loop.time()
+        self.heard = False
         self.lost = loop.create_future()
 
     def data_received(self, data: bytes) -> None:
-        self.heard_at = self._loop.time()
+        self.heard = True
         self._reader.feed(data)
         while (reply := self._reader.gets()) is not False:
             if isinstance(reply, hiredis.ReplyError):
@@ -106,12 +107,20 @@ class PubSubConnection:
             self._transport = transport
             if channels := list(self._channels()):
                 self._send(b"SUBSCRIBE", *channels)
+            unheard = 0
             while True:
+                asked_at = loop.time()
+                protocol.heard = False
                 self._send(b"PING")
                 done, _ = await asyncio.wait([protocol.lost], timeout=PING_S)
                 if done:
                     raise ConnectionError(str(protocol.lost.result() or "closed by the server"))
-                if loop.time() - protocol.heard_at > PONG_S:
+                if protocol.heard:
+                    unheard = 0
+                elif loop.time() - asked_at < 2 * PING_S:
+                    unheard += 1
+                # Else this loop stood still, and what came meanwhile has yet to be read.
+                if unheard >= _UNHEARD:
                     raise ConnectionError(f"no answer for {PONG_S} s")
         finally:
             self._transport = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from gateway.formats import Outcome, Subject, format_of
 from gateway.hub import Subscription
 from gateway.metrics import Meter
 from shared import messages
+from shared.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,10 @@ class Listening:
         kept: the request goes on when this client leaves.
         started: when the client asked, in the event loop's time.
         meter: None: this request is measured elsewhere.
+        is_shared: several readers, on several gateways, may come to see its end.
     """
 
+    request: web.Request
     subject: Subject
     caller: str
     subscription: Subscription
@@ -43,6 +47,7 @@ class Listening:
     after: int | None
     started: float
     meter: Meter | None
+    is_shared: bool
 
 
 class Relay:
@@ -51,6 +56,8 @@ class Relay:
     def __init__(self, edge: Edge, listening: Listening) -> None:
         self._edge = edge
         self._meter = listening.meter
+        self._is_shared = listening.is_shared
+        self._request = listening.request
         self._clock = asyncio.get_running_loop().time
         self._started = listening.started
         self._after = listening.after
@@ -60,7 +67,11 @@ class Relay:
         self.reason = ""
         self.format = format_of(listening.subject)
         self.flow = edge.flows.open(
-            listening.subject.rid, listening.caller, listening.subscription, kept=listening.kept
+            listening.request,
+            listening.subject.rid,
+            listening.caller,
+            listening.subscription,
+            kept=listening.kept,
         )
 
     async def collect(self) -> dict[str, Any]:
@@ -90,11 +101,11 @@ class Relay:
         finally:
             self._edge.flows.close(self.flow)
 
-    async def stream(self, request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
+    async def stream(self, headers: dict[str, str]) -> web.StreamResponse:
         """The answer as server-sent events; what goes wrong from here on is an event, too."""
         response = web.StreamResponse(headers={**sse.HEADERS, **headers})
         try:
-            await response.prepare(request)
+            await response.prepare(self._request)
             self.flow.response = response
             error: Exception | None = None
             try:
@@ -109,7 +120,7 @@ class Relay:
                 error = failure
             self.flow.over()
             if error is not None:
-                await self._fail(request, response, error)
+                await self._fail(response, error)
         except (asyncio.CancelledError, ConnectionError):
             self._leave("cancelled")
             raise
@@ -150,7 +161,7 @@ class Relay:
         else:
             # The request is over: nothing is left to withdraw.
             self._withdrawn = True
-            self._end_meter(event)
+            self._end_meter(event, entry.seq)
         return entry
 
     def _outcome(self, end: messages.End, tokens: int) -> Outcome:
@@ -163,15 +174,17 @@ class Relay:
             end, tokens, (first_at - self._started) * 1000, (now - self._started) * 1000
         )
 
-    async def _fail(
-        self, request: web.Request, response: web.StreamResponse, error: Exception
-    ) -> None:
+    async def _fail(self, response: web.StreamResponse, error: Exception) -> None:
         """Tells the client in the stream; without [DONE], so that it knows it is incomplete."""
         verdict = self.flow.verdict
         if verdict != HANDOVER:
             if not is_known(error):
                 log.exception(
                     "a stream failed", extra={"request_id": self.flow.rid}, exc_info=error
+                )
+            elif isinstance(error, StoreUnavailable):
+                log.warning(
+                    "a stream failed", extra={"request_id": self.flow.rid, "why": error.reason}
                 )
             self._leave(verdict or "error")
         data = b""
@@ -184,8 +197,8 @@ class Relay:
                 await response.write_eof()
         except (TimeoutError, ConnectionError):
             cut = True
-        if cut and request.transport is not None:
-            request.transport.abort()
+        if cut and self._request.transport is not None:
+            self._request.transport.abort()
 
     def _leave(self, reason: str) -> None:
         """This client gets no more of it; a request that nobody else waits for is cancelled."""
@@ -195,9 +208,19 @@ class Relay:
         if not self._withdrawn:
             self._withdrawn = True
             self._edge.send(self._edge.withdraw(self.flow.rid, self.flow.caller))
-            self._end_meter(messages.End(messages.VERSION, reason))
+            end = messages.End(messages.VERSION, reason)
+            self._end_meter(end, self.flow.subscription.last)
 
-    def _end_meter(self, end: messages.End) -> None:
-        if self._meter is not None:
-            self._meter.end(self._clock(), end)
-            self._meter = None
+    def _end_meter(self, end: messages.End, tokens: int) -> None:
+        meter, self._meter = self._meter, None
+        if meter is None:
+            return
+        if self._is_shared:
+            self._edge.send(self._end_if_first(meter, self._clock(), end, tokens))
+        else:
+            meter.end(self._clock(), end, tokens)
+
+    async def _end_if_first(self, meter: Meter, now: float, end: messages.End, tokens: int) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            if await self._edge.is_first(self.flow.rid):
+                meter.end(now, end, tokens)

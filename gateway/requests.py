@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -20,6 +21,10 @@ BODY_READ_S = 30.0
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_STOPS = 4
+MOST_SHOWN = 64
+"""Characters of what a client sent that an error repeats."""
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""Content codings, and what zlib calls them."""
 PRIORITIES = ("high", "normal", "low")
 
 Count = Annotated[int, Meta(ge=1, le=MAX_INT)]
@@ -127,7 +132,7 @@ def priority_class(name: str | None) -> str:
     """
     cls = "normal" if name is None else name.lower()
     if cls not in PRIORITIES:
-        raise InvalidRequest(f"priority must be high, normal or low, not {name!r}", "priority")
+        raise InvalidRequest(f"priority must be high, normal or low, not {_cut(cls)!r}", "priority")
     return cls
 
 
@@ -138,20 +143,39 @@ async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T
         InvalidRequest: it is no JSON, too large, too slow, or does not fit the type.
     """
     _check_content_type(request)
+    coding = _content_coding(request)
     try:
         async with asyncio.timeout(BODY_READ_S):
             body = await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise InvalidRequest(
-            f"The body is larger than {request.client_max_size} bytes", None, "body_too_large"
-        ) from None
+        raise _too_large(request.client_max_size) from None
     except TimeoutError:
         raise InvalidRequest(
             f"The body did not arrive within {BODY_READ_S:.0f} s", None, "request_timeout"
         ) from None
-    except web.RequestPayloadError as error:
-        raise InvalidRequest(f"The body cannot be read: {error}", None, "invalid_body") from None
+    except web.RequestPayloadError:
+        raise InvalidRequest("The body is not what the headers say", None, "invalid_body") from None
+    if coding:
+        body = inflate(body, coding, request.client_max_size)
     return decode(body, decoder)
+
+
+def inflate(body: bytes, coding: str, most: int) -> bytes:
+    """The body behind its Content-Encoding.
+
+    Raises:
+        InvalidRequest: it is larger than `most` bytes, or not whole.
+    """
+    inflater = zlib.decompressobj(_WINDOW_BITS[coding])
+    try:
+        plain = inflater.decompress(body, most + 1)
+    except zlib.error:
+        plain = b""
+    if len(plain) > most:
+        raise _too_large(most)
+    if not inflater.eof or inflater.unused_data:
+        raise InvalidRequest(f"The body is not whole and valid {coding}", None, "invalid_body")
+    return plain
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
@@ -180,7 +204,33 @@ def _not_finite(body: bytes) -> str:
     not_finite = object()
     with suppress(ValueError, RecursionError):
         json.loads(body, parse_constant=lambda _: not_finite, object_pairs_hook=look)
-    return found[0] if found else ""
+    return _cut(found[0]) if found else ""
+
+
+def _too_large(most: int) -> InvalidRequest:
+    return InvalidRequest(f"The body is larger than {most} bytes", None, "body_too_large")
+
+
+def _cut(text: str, most: int = MOST_SHOWN) -> str:
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _content_coding(request: web.Request) -> str:
+    """How the body is compressed, or "".
+
+    Raises:
+        InvalidRequest: in a way that is not known here.
+    """
+    coding = request.headers.get("Content-Encoding", "").strip().lower()
+    if coding in ("", "identity"):
+        return ""
+    if coding not in _WINDOW_BITS:
+        raise InvalidRequest(
+            f"Content-Encoding must be gzip, deflate or identity, not {_cut(coding)!r}",
+            "Content-Encoding",
+            "unsupported_media_type",
+        )
+    return coding
 
 
 def _check_content_type(request: web.Request) -> None:
@@ -212,7 +262,7 @@ def _named(problem: str) -> InvalidRequest:
     path = path.removeprefix("$").removeprefix(".")
     code = "invalid_value"
     if field_found := _FIELD.match(what):
-        name = field_found["name"]
+        name = _cut(field_found["name"])
         path = f"{path}.{name}" if path else name
         unknown = field_found["kind"] == "contains unknown"
         code = "unknown_parameter" if unknown else "missing_required_parameter"
@@ -221,4 +271,5 @@ def _named(problem: str) -> InvalidRequest:
         code = "invalid_type"
     if path and path not in what:
         what = f"Invalid {path!r}: {what}"
+    what = _cut(what, 8 * MOST_SHOWN)
     return InvalidRequest(what, path or None, code)

@@ -46,20 +46,30 @@ async def generate(request: web.Request, order: Order) -> web.StreamResponse:
     subject = ticket.subject
     trail.label = label or subject.rid
     trail.facts.update(rid=subject.rid, prompt_tokens=subject.prompt_tokens)
-    meter = None
     if ticket.attached:
         edge.metrics.resumes += 1
-    else:
-        meter = edge.metrics.meter(
-            subject.view.model, ticket.cls, trail.started, subject.prompt_tokens
-        )
-    relay = Relay(
-        edge,
-        Listening(subject, caller, ticket.subscription, ticket.kept, None, trail.started, meter),
+    meter = edge.metrics.meter(
+        subject.view.model,
+        ticket.cls,
+        trail.started,
+        subject.prompt_tokens,
+        resumed=ticket.attached,
     )
+    listening = Listening(
+        request=request,
+        subject=subject,
+        caller=caller,
+        subscription=ticket.subscription,
+        kept=ticket.kept,
+        after=None,
+        started=trail.started,
+        meter=meter,
+        is_shared=ticket.kept,
+    )
+    relay = Relay(edge, listening)
     try:
         if order.stream:
-            return await relay.stream(request, ticket.headers)
+            return await relay.stream(ticket.headers)
         reply = json_response(await relay.collect(), headers=ticket.headers)
     finally:
         trail.facts.update(tokens=relay.flow.subscription.last, reason=relay.reason)

@@ -56,11 +56,27 @@ async def resume(request: web.Request) -> web.StreamResponse:
     subscription = await edge.hub.subscribe(record.rid, after or 0, replay=True)
     edge.metrics.resumes += 1
     # Whoever posted it decides whether it goes on: a second reader's leaving changes nothing.
-    listening = Listening(record.subject, caller, subscription, True, after, trail.started, None)
+    meter = None
+    if record.view.resumable:
+        # Its first reader may be gone; of others, their only one measures them.
+        meter = edge.metrics.meter(
+            record.view.model, record.cls, trail.started, record.prompt_tokens, resumed=True
+        )
+    listening = Listening(
+        request=request,
+        subject=record.subject,
+        caller=caller,
+        subscription=subscription,
+        kept=True,
+        after=after,
+        started=trail.started,
+        meter=meter,
+        is_shared=True,
+    )
     relay = Relay(edge, listening)
     trail.facts.update(rid=record.rid, model=record.view.model, after=after or 0)
     try:
-        return await relay.stream(request, {})
+        return await relay.stream({})
     finally:
         trail.facts.update(tokens=subscription.last, reason=relay.reason)
 

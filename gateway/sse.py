@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-CONTENT_TYPE = "text/event-stream"
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",

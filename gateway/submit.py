@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import secrets
 import time
 from dataclasses import dataclass
 
-from gateway.edge import Edge
+from gateway.edge import WITHDRAW_TRIES, Edge
 from gateway.errors import IdempotencyConflict, ModelNotReady, QueueFull, RateLimited
 from gateway.formats import Subject
 from gateway.headers import Terms
@@ -29,6 +30,8 @@ KEY_GRACE_S = 30.0
 """A request with an Idempotency-Key waits this long for its client to come again."""
 THREAD_FROM = 2048
 """Longer texts than this are tokenized in a thread."""
+MESSAGE_SIZE = 64
+"""A message counts as so many characters beside its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class _Admission:
         self._sender = sender
         self._request = request
         self._tokens = len(request.prompt) + request.sampling.max_tokens
+        # What limit, enqueue and refund know this attempt by; rid may be older than it.
+        self._attempt = secrets.token_hex(8)
         self._charged = False
         self._sent = False
         terms = sender.terms
@@ -109,23 +114,30 @@ class _Admission:
         try:
             async with asyncio.timeout(ADMISSION_S):
                 subscription = await edge.hub.subscribe(rid)
-                headers = await self._charge()
-                answer = await self._enqueue()
-                if answer.outcome == "attached":
-                    subscription.close()
-                    subscription = await edge.hub.subscribe(rid, replay=True)
+                headers: dict[str, str] = {}
+                answer = None
+                if self._sender.terms.idempotency_key is not None:
+                    # Before the charge: who comes again must get in at the limit, too.
+                    answer = await edge.store.attach(self._request)
+                if answer is None:
+                    headers = await self._charge()
+                    answer = await self._enqueue()
         except BaseException as error:
             if subscription is not None:
                 subscription.close()
-            edge.send(self._undo())
+            if self._charged or self._sent:
+                edge.send(self._undo())
             if isinstance(error, TimeoutError):
                 raise StoreUnavailable("no answer in time") from error
             raise
-        if answer.outcome != "accepted":
-            edge.send(self._refund())
+        if answer.outcome != "accepted" and self._charged:
+            edge.send(self._undo())
         if answer.outcome in ("accepted", "attached"):
+            if answer.outcome == "attached":
+                subscription.resync()
+            view = answer.view or self._request.view(resumable=self._kept)
             return Ticket(
-                Subject(rid, self._request.view(resumable=self._kept), len(self._request.prompt)),
+                Subject(rid, view, len(self._request.prompt)),
                 caller,
                 self._order.cls,
                 subscription,
@@ -146,13 +158,18 @@ class _Admission:
         edge, s = self._edge, self._edge.settings
         if not (s.requests_per_minute or s.tokens_per_minute):
             return {}
+        self._charged = True
         limited = await edge.store.limit(
-            self._request.caller, s.requests_per_minute, s.tokens_per_minute, self._tokens
+            self._request.caller,
+            s.requests_per_minute,
+            s.tokens_per_minute,
+            self._tokens,
+            self._attempt,
         )
         headers = limit_headers(s, limited)
         if not limited.refused:
-            self._charged = True
             return headers
+        self._charged = False
         edge.metrics.count_limited(self._request.model, self._order.cls)
         if limited.refused == "size":
             raise InvalidRequest(
@@ -168,7 +185,7 @@ class _Admission:
         try:
             return await self._enqueue_once()
         except StoreUnavailable:
-            # It may or may not be queued; the same id again is harmless.
+            # It may or may not be queued; the same attempt again is harmless.
             return await self._enqueue_once()
 
     async def _enqueue_once(self) -> Enqueued:
@@ -178,43 +195,27 @@ class _Admission:
         else:
             grace_ms = int(KEY_GRACE_S * 1000) if self._kept else PLAIN_GRACE_MS
         timeout_s = self._order.timeout_s or terms.timeout_s or s.timeout_s
-        answer = await self._edge.store.enqueue(
+        return await self._edge.store.enqueue(
             self._request,
             cls=self._order.cls,
             timeout_ms=max(1, int(timeout_s * 1000)),
             grace_ms=grace_ms,
             keep_ms=int((s.resumable_retention_s if self._kept else s.retention_s) * 1000),
-            charged=self._tokens if self._charged else 0,
+            attempt=self._attempt,
             queue_limit=s.queue_limit,
             queue_bytes=s.queue_bytes,
             resumable=self._kept,
         )
-        if answer.outcome == "attached" and self._sender.terms.idempotency_key is None:
-            # Random ids do not repeat: this is our own first attempt, whose answer was lost.
-            return Enqueued("accepted")
-        return answer
 
     async def _undo(self) -> None:
-        """After a failure in the middle: the request may or may not be in the queue."""
-        if not self._sent:
-            await self._refund()
-        elif (
-            self._sender.terms.idempotency_key is None
-            and await self._edge.withdraw(self._request.rid, self._request.caller) == "unknown"
-        ):
-            # What was queued is settled by its end.
-            await self._refund()
-
-    async def _refund(self) -> None:
-        if not self._charged:
-            return
-        # Not under the request's own id: that one settles what the request itself did not use.
-        attempt = f"{self._request.rid}:{secrets.token_hex(8)}"
-        try:
-            await self._edge.store.settle(self._request.caller, attempt, 1, self._tokens)
-        except StoreUnavailable:
-            # The bucket refills by itself within a minute.
-            return
+        """Ends what this attempt may have queued, or gives back what it may have been charged."""
+        for _ in range(WITHDRAW_TRIES):
+            with contextlib.suppress(StoreUnavailable):
+                await self._edge.store.refund(
+                    self._request.rid, self._request.caller, self._attempt
+                )
+                return
+            await asyncio.sleep(0.5)
 
 
 def _check(edge: Edge, order: Order, terms: Terms) -> None:
@@ -252,7 +253,9 @@ async def _token_ids(model: ServedModel, order: Order) -> list[int]:
                 "messages",
                 "no_chat_template",
             )
-        if sum(len(message["content"]) for message in order.chat) < THREAD_FROM:
+        # A template's work is by the message, too, even where they are empty.
+        size = sum(len(message["content"]) + MESSAGE_SIZE for message in order.chat)
+        if size < THREAD_FROM:
             ids = tokenizer.encode_chat(order.chat)
         else:
             ids = await asyncio.to_thread(tokenizer.encode_chat, order.chat)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -12,17 +14,39 @@ class FolderInUse(Exception):
     """Another process works in the folder; the message names it and the way out."""
 
 
+class FolderUnusable(Exception):
+    """A folder cannot be written; the message names it and the way out."""
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong with files in the block is said of `folder`, in one sentence.
+
+    Raises:
+        FolderUnusable: it cannot be made or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FolderUnusable(
+            f"{folder} cannot be used ({error.strerror or error}): "
+            "set RTS_DATA_DIR to a folder that you can write"
+        ) from error
+
+
 class DataFolder:
     """A server's folder, locked by this process and by the server it starts, whichever ends last.
 
     Raises:
         FolderInUse: another process holds it.
+        FolderUnusable: it cannot be made or written.
     """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = path
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        with writable(path):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             self._take_lock()
         except BaseException:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from realtime_serve.data_folder import FolderUnusable, writable
 from realtime_serve.lifeline import Lifeline
 from realtime_serve.screen import Screen
 from shared.settings import DEMO_MODEL, Settings, SettingsError
@@ -40,17 +41,26 @@ def fetch_demo_model(data_dir: Path, screen: Screen) -> Path:
     """The folder of the demo model, fetched and converted if it is not there yet.
 
     Raises:
-        DemoModelError: no network, no space, or files that are not what they should be.
+        DemoModelError: no network, no space, a folder that cannot be written, or files that are
+            not what they should be.
     """
-    models = data_dir / "models"
-    folder = models / DEMO_MODEL
-    if folder.is_dir():
-        return folder
+    folder = data_dir / "models" / DEMO_MODEL
+    if not folder.is_dir():
+        try:
+            with writable(folder.parent):
+                _fetch(folder, screen)
+        except FolderUnusable as error:
+            raise DemoModelError(str(error)) from error
+    return folder
+
+
+def _fetch(folder: Path, screen: Screen) -> None:
+    models = folder.parent
     models.mkdir(parents=True, exist_ok=True)
     with _alone(models / ".lock", screen):
         # Another process may have finished it while this one waited.
         if folder.is_dir():
-            return folder
+            return
         for left_over in models.glob(".fetching-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         if shutil.disk_usage(models).free < _NEEDED_MB * _MB:
@@ -66,7 +76,6 @@ def fetch_demo_model(data_dir: Path, screen: Screen) -> Path:
             _convert(gguf, converted, screen)
             _flush_to_disk(converted)
             converted.rename(folder)
-    return folder
 
 
 def _download(scratch: Path, screen: Screen) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -308,12 +310,26 @@ def _place_for_socket(folder: Path) -> tuple[Path | None, Path | None]:
     path = folder / "server.sock"
     if _can_bind(path):
         return path, None
-    temporary = Path(tempfile.mkdtemp(prefix="rts-"))
+    temporary = _short_folder(folder)
     path = temporary / "server.sock"
     if _can_bind(path):
         return path, temporary
     temporary.rmdir()
     return None, None
+
+
+def _short_folder(folder: Path) -> Path:
+    """The same one at every start, so that what a killed process left is used and removed again."""
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"rts-{os.getuid()}-{name}"
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700)
+    # Everybody may write beside it: one that somebody else has made, or can write to, is not used.
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        if found.st_uid == os.getuid() and found.st_mode == stat.S_IFDIR | 0o700:
+            return path
+    return Path(tempfile.mkdtemp(prefix="rts-"))
 
 
 def _can_bind(path: Path) -> bool:

@@ -13,9 +13,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from realtime_serve import ports, probe
-from realtime_serve.data_folder import DataFolder, FolderInUse
+from realtime_serve.data_folder import DataFolder, FolderInUse, FolderUnusable, writable
 from realtime_serve.demo_model import DemoModelError, fetch_demo_model
 from realtime_serve.lifeline import Lifeline
 from realtime_serve.redis_server import (
@@ -27,7 +28,9 @@ from realtime_serve.redis_server import (
 )
 from realtime_serve.screen import Screen
 from realtime_serve.supervisor import Child, Program
+from shared import keys
 from shared.settings import ENV_PREFIX, Settings
+from shared.store import connect
 
 # Engine threads spin while they wait; whoever runs beside them must not push them off their core.
 _BESIDE_ENGINE = 5
@@ -59,7 +62,7 @@ def run_up(settings: Settings, screen: Screen, *, end_with_parent: bool = False)
         with _sigterm_as_interrupt(), _prepared(settings, screen) as (server, folder):
             cluster = Cluster(settings, screen, server, folder, parent)
             return asyncio.run(cluster.run())
-    except (UpError, ServerError, FolderInUse, DemoModelError) as error:
+    except (UpError, ServerError, FolderInUse, FolderUnusable, DemoModelError) as error:
         screen.text(f"error: {error}")
         return 1
     except KeyboardInterrupt:
@@ -72,6 +75,7 @@ def _prepared(
     settings: Settings, screen: Screen
 ) -> Iterator[tuple[ServerPlan | None, DataFolder | None]]:
     """Everything that can fail or take long before the first process is started."""
+    _refuse_missing_models(settings)
     _refuse_busy_ports(settings)
     if settings.redis_url:
         for warning in check_server(settings.redis_url):
@@ -88,13 +92,24 @@ def _prepared(
         screen.step(f"server: {binary}, data in {folder.path}")
         _fetch_models(settings, screen)
         # Redis and Valkey do not read each other's files.
-        plan = ServerPlan.make(binary, folder.path / binary.kind)
+        with writable(folder.path / binary.kind):
+            plan = ServerPlan.make(binary, folder.path / binary.kind)
         try:
             yield plan, folder
         finally:
             plan.clean()
     finally:
         folder.close()
+
+
+def _refuse_missing_models(settings: Settings) -> None:
+    # The worker would say so too, but only once torch is loaded and the others have started.
+    if settings.engine != "torch" or not settings.workers:
+        return
+    for model in settings.models():
+        is_path = model.source.startswith(("/", "./", "../")) or model.source.endswith(".gguf")
+        if is_path and not model.is_demo and not Path(model.source).exists():
+            raise UpError(f"RTS_MODEL: there is no {model.source}")
 
 
 def _refuse_busy_ports(settings: Settings) -> None:
@@ -149,6 +164,7 @@ class Cluster:
                 for child in server:
                     group.create_task(child.run())
                 if await self._server_is_ready():
+                    await self._forget_models()
                     for child in (child for stage in others for child in stage):
                         group.create_task(child.run())
                     watchers.append(group.create_task(self._announce()))
@@ -166,9 +182,16 @@ class Cluster:
         programs = [self._server_programs(), [self._role("control")], [], []]
         settings = self._settings
         number = 0
+        engines = settings.workers * len(settings.models())
+        threads = settings.threads
+        if not threads and engines > 1:
+            # Alone, an engine chooses; engines that each take all cores stop each other.
+            threads = max(1, usable_cores() // engines)
         for model in settings.models():
             for _ in range(settings.workers):
-                changes = {"model": f"{model.name}={model.source}"} if settings.model else {}
+                changes: dict[str, object] = {"threads": threads}
+                if settings.model:
+                    changes["model"] = f"{model.name}={model.source}"
                 programs[2].append(self._role("worker", number, **changes))
                 number += 1
         for index in range(settings.gateways):
@@ -210,6 +233,19 @@ class Cluster:
         if self._failure or not self._stop.is_set():
             self._fail(f"{self._server.binary} did not start:\n{self._server.log_tail()}")
         return False
+
+    async def _forget_models(self) -> None:
+        """What an earlier run served is not listed any more; what waits for it stays."""
+        if self._server is None:
+            return
+        client = connect(self._server.url, timeout_s=5.0)
+        try:
+            names = [keys.MODELS]
+            for pattern in (keys.model("*"), keys.is_open("*")):
+                names += [name.decode() async for name in client.scan_iter(pattern, count=1000)]
+            await client.delete(*names)
+        finally:
+            await client.aclose(close_connection_pool=True)
 
     async def _announce(self) -> None:
         """Wait until every gateway is ready and sees our workers, then say what to try."""
@@ -276,6 +312,13 @@ class Cluster:
     def _fail(self, message: str) -> None:
         self._failure = self._failure or message
         self._stop.set()
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _foreign_environment() -> dict[str, str]:

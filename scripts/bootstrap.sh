@@ -11,14 +11,18 @@ fail() {
     exit 1
 }
 
+# Those that the pinned torch is built for.
+works="3.11, 3.12, 3.13 or 3.14"
+in_range='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
+
 find_python() {
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$name" -c "$in_range" 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    fail "Python 3.11 or newer is needed; found $(python3 --version 2>/dev/null || echo none)"
+    fail "Python $works is needed; found $(python3 --version 2>/dev/null || echo none)"
 }
 
 # Shows that something happens while pip runs: a number that grows on a terminal, else nothing.
@@ -69,12 +73,17 @@ python=$(find_python) || exit 1
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     fail "Python's venv module is missing: apt install python$version-venv"
-if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+if ! .venv/bin/python -c "import pip; $in_range" 2>/dev/null; then
     echo "creating .venv with $("$python" --version)"
     "$python" -m venv --clear .venv || fail "could not create .venv"
 fi
 
 torch=$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+if [ "$(uname -s)" = Linux ] && ! .venv/bin/python -c 'from importlib.metadata import version
+version("torch")' 2>/dev/null; then
+    echo "torch comes first. On Linux pip takes its CUDA build, about 2.5 GB to download and 5 GB on"
+    echo "disk, unless pip is configured with PyTorch's CPU index (PIP_EXTRA_INDEX_URL): then 200 MB"
+fi
 # First and by its exact version, so that a CPU build that pip is configured to find is taken.
 pip_install "$torch (the largest part)" "$torch"
 pip_install "realtime-ai-serve[$extra]" --editable ".[$extra]"

@@ -69,17 +69,35 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
+NEEDED = "Python 3.11, 3.12, 3.13 or 3.14 is needed"
+
+
 def test_no_python(machine: Machine) -> None:
     status, output = machine.bootstrap()
     assert status == 1
-    assert output == "error: Python 3.11 or newer is needed; found none\n"
+    assert output == f"error: {NEEDED}; found none\n"
 
 
-def test_old_python(machine: Machine) -> None:
-    machine.program("python3", '[ "$1" = --version ] && echo Python 3.9.2 || exit 1')
+@pytest.mark.parametrize("version", ["3.9.2", "3.15.0"])
+def test_a_python_that_is_too_old_or_too_new(machine: Machine, version: str) -> None:
+    machine.program("python3", '[ "$1" = --version ] && echo Python ' + version + " || exit 1")
     status, output = machine.bootstrap()
     assert status == 1
-    assert output == "error: Python 3.11 or newer is needed; found Python 3.9.2\n"
+    assert output == f"error: {NEEDED}; found Python {version}\n"
+
+
+def test_the_range_of_versions_is_asked_for(machine: Machine) -> None:
+    """A newer python3 is passed over for one that works and is called by its number."""
+    real = os.path.realpath(sys.executable)
+    newer = f"""
+case "$2" in *version_info*) exec {real} -c "
+import sys; sys.version_info = (3, 15, 0); exec(sys.argv[1])" "$2";; esac
+echo Python 3.15.0"""
+    machine.program("python3", newer)
+    status, output = machine.bootstrap()
+    assert (status, output) == (1, f"error: {NEEDED}; found Python 3.15.0\n")
+    machine.program("python3.12", f'case "$*" in *ensurepip*) exit 1;; esac; exec {real} "$@"')
+    assert "venv module is missing" in machine.bootstrap()[1]
 
 
 def test_no_venv_module(machine: Machine) -> None:
@@ -102,6 +120,7 @@ def test_windows(machine: Machine) -> None:
 
 def test_no_network_then_done_then_nothing_to_do(machine: Machine) -> None:
     (machine.bin / "python3").symlink_to(os.path.realpath(sys.executable))
+    machine.program("uname", "echo Linux")
     # Nobody listens on port 9 of this machine: that is what no network looks like to pip.
     no_network = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
     status, output = machine.bootstrap(**no_network)
@@ -117,6 +136,8 @@ def test_no_network_then_done_then_nothing_to_do(machine: Machine) -> None:
         (package / "__main__.py").write_text(fake)
     status, output = machine.bootstrap()
     assert (status, output.count("done in")) == (0, 2)
+    assert "2.5 GB" in output
+    assert output.index("PIP_EXTRA_INDEX_URL") < output.index("installing torch")
     torch, project = pip.read_text().splitlines()
     assert torch.endswith("torch==2.13.0")
     assert project.endswith("--editable .[cluster]")

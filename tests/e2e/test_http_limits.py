@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from gateway_site import Site, model_card, open_site, until
 
+from control.settling import settle
 from shared import keys
+from shared.errors import StoreUnavailable
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 5, "seed": 5}
 
@@ -69,6 +71,115 @@ async def test_an_attached_request_is_charged_once(redis_url: str) -> None:
         for _ in range(5):
             assert (await site.post("/infer", BODY, key))[0] == 200
             await until(lambda: _tokens_left(site, 10))
+
+
+async def test_who_comes_again_gets_in_at_the_limit(redis_url: str) -> None:
+    async with open_site(redis_url, tokens_per_minute=10) as site:
+        key = {"Idempotency-Key": "k"}
+        _, first, _ = await site.post("/infer", BODY, key)
+        assert (await site.post("/infer", BODY))[0] == 429
+        status, again, _ = await site.post("/infer", BODY, key)
+        assert (status, again) == (200, first)
+        status, reply, _ = await site.post("/infer", {**BODY, "seed": 6}, key)
+        assert (status, reply["error"]["code"]) == (409, "idempotency_conflict")
+
+
+async def test_each_run_of_a_repeated_key_is_settled(redis_url: str) -> None:
+    async with open_site(redis_url, tokens_per_minute=1000) as site:
+        client: Any = site.store.client
+        site.worker.end = ("stop", "", "")
+        for _ in range(2):
+            key = {"Idempotency-Key": "k"}
+            _, reply, _ = await site.post("/infer", {**BODY, "max_tokens": 900}, key)
+            rid = reply["request_id"]
+            assert await settle(site.store, "control") == 1
+            assert await _tokens_left(site, 980)
+            # Its retention is over.
+            await client.delete(keys.request(rid), keys.log(rid))
+
+
+async def test_refusals_leave_nothing_behind(redis_url: str) -> None:
+    async with open_site(redis_url, tokens_per_minute=1000, queue_limit=1) as site:
+        site.worker.room = 0
+        held = await site.http.post(site.url("/infer_stream"), json=BODY)
+        for _ in range(10):
+            assert (await site.post("/infer", BODY))[0] == 503
+        await until(lambda: _tokens_left(site, 990))
+        client: Any = site.store.client
+        await until(lambda: _none(client, "rts:charge:*"))
+        assert await client.keys("rts:settled:*") == []
+        held.close()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k"}])
+@pytest.mark.parametrize("reached", [True, False])
+async def test_a_failed_enqueue_is_undone(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], reached: bool
+) -> None:
+    async with open_site(redis_url, tokens_per_minute=1000) as site:
+        site.worker.room = 0
+        enqueue = site.edge.store.enqueue
+
+        async def lost(*args: Any, **options: Any) -> Any:
+            if reached:
+                await enqueue(*args, **options)
+            raise StoreUnavailable("lost")
+
+        monkeypatch.setattr(site.edge.store, "enqueue", lost)
+        status, _, _ = await site.post("/infer", {**BODY, "max_tokens": 900}, headers)
+        assert status == 503
+        if reached:
+            # The request was charged, and settles it by its end.
+            await until(lambda: _ended(site))
+            await settle(site.store, "control")
+        await until(lambda: _tokens_left(site, 990))
+        assert await site.counts() == (0, 0)
+        monkeypatch.undo()
+        site.worker.room = 8
+        status, _, _ = await site.post("/infer", {**BODY, "max_tokens": 900}, headers)
+        assert status == 200
+
+
+async def test_a_failed_attempt_does_not_end_the_request_of_another(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_site(redis_url, tokens_per_minute=1000) as site:
+        site.worker.frozen = True
+        key = {"Idempotency-Key": "k"}
+        first = asyncio.create_task(site.post("/infer", BODY, key))
+        await until(lambda: site.worker.running)
+
+        async def nothing(*args: Any) -> None:
+            return None
+
+        async def lost(*args: Any, **options: Any) -> Any:
+            raise StoreUnavailable("lost")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(site.edge.store, "attach", nothing)
+            patch.setattr(site.edge.store, "enqueue", lost)
+            assert (await site.post("/infer", BODY, key))[0] == 503
+        await until(lambda: _tokens_left(site, 990))
+        site.worker.frozen = False
+        assert (await first)[0] == 200
+
+
+async def test_who_leaves_while_being_charged_gets_it_back(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_site(redis_url, tokens_per_minute=1000) as site:
+        limit, charged = site.edge.store.limit, asyncio.Event()
+
+        async def slow(*args: Any) -> Any:
+            await limit(*args)
+            charged.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(site.edge.store, "limit", slow)
+        post = asyncio.create_task(site.post("/infer", {**BODY, "max_tokens": 900}))
+        await charged.wait()
+        post.cancel()
+        await until(lambda: _tokens_left(site, 990))
 
 
 BAD: list[tuple[str, Any, int, str | None]] = [
@@ -222,5 +333,14 @@ async def test_too_many_connections(redis_url: str) -> None:
 
 async def _tokens_left(site: Site, expected: int) -> bool:
     """Asks without charging: a charge of nothing."""
-    limited = await site.store.limit("ip:127.0.0.1", 0, 20, 0)
+    size = site.edge.settings.tokens_per_minute
+    limited = await site.store.limit("ip:127.0.0.1", 0, size, 0)
     return limited.tokens_left >= expected
+
+
+async def _none(client: Any, pattern: str) -> bool:
+    return await client.keys(pattern) == []
+
+
+async def _ended(site: Site) -> bool:
+    return await site.store.client.xlen(keys.ENDED) > 0

@@ -66,6 +66,32 @@ async def test_a_broken_stream_goes_on_from_the_last_event(site: Site) -> None:
     assert "rts_stream_resumes_total 8.0" in text
 
 
+async def test_a_request_whose_client_left_is_counted_once(site: Site, redis_url: str) -> None:
+    async with open_site(redis_url) as other:
+        other.worker.room = 0
+        site.worker.step_s = 0.005
+        reply = await site.http.post(site.url("/infer_stream"), json=BODY, headers=RESUMABLE)
+        rid = reply.headers["X-Request-Id"]
+        await _read_some(reply, 2)
+        reply.close()
+        await until(lambda: not len(site.edge.flows))
+        # Two readers see its end as it comes, a third one later.
+        path = f"/requests/{rid}/stream"
+        await asyncio.gather(site.get(path), other.get(path))
+        await other.get(path)
+        # A plain one is its only reader's, whoever else looks.
+        _, _, headers = await site.post("/infer_stream", BODY)
+        await other.get(f"/requests/{headers['X-Request-Id']}/stream")
+        await until(lambda: not site.edge._errands and not other.edge._errands)
+        ended = 0
+        for gateway in (site, other):
+            _, text, _ = await gateway.get("/metrics")
+            for line in text.splitlines():
+                if line.startswith("rts_request_success_total{"):
+                    ended += int(float(line.split()[-1]))
+        assert ended == 2
+
+
 async def test_another_gateway_can_resume(site: Site, redis_url: str) -> None:
     site.worker.step_s = 0.005
     async with open_site(redis_url) as other:
@@ -175,6 +201,41 @@ async def test_a_repeated_key_of_a_reply_in_one_piece(site: Site) -> None:
     _, two, _ = await site.post("/infer", BODY, key)
     assert one == two
     assert len(site.worker.seen) == 1
+
+
+async def test_a_repeated_key_answers_as_the_first_time(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = {"Idempotency-Key": "k"}
+    _, events, _ = await site.post("/v1/chat/completions", CHAT, key)
+    monkeypatch.setattr("gateway.submit.time.time", lambda: 1.0)
+    body = {**CHAT, "stream_options": {"include_usage": False}}
+    _, again, _ = await site.post("/v1/chat/completions", body, key)
+    assert [event.data for event in again] == [event.data for event in events]
+
+
+async def test_a_repeated_key_after_a_failure_runs_again(site: Site) -> None:
+    key = {"Idempotency-Key": "k"}
+    site.worker.frozen = True
+    status, _, _ = await site.post("/infer", {**BODY, "timeout_s": 0.2}, key)
+    assert status == 504
+    await until(lambda: not len(site.edge.flows))
+    site.worker.running.clear()
+    site.worker.frozen = False
+    status, reply, _ = await site.post("/infer", BODY, key)
+    assert (status, reply["text"]) == (200, letters(5, 40))
+    assert len(site.worker.seen) == 2
+
+
+async def test_a_repeated_key_whose_tokens_are_gone_runs_again(site: Site) -> None:
+    key = {"Idempotency-Key": "k"}
+    _, one, _ = await site.post("/infer", BODY, key)
+    client: Any = site.store.client
+    await client.delete(keys.log(one["request_id"]))
+    async with asyncio.timeout(2):
+        _, two, _ = await site.post("/infer", BODY, key)
+    assert two["text"] == one["text"]
+    assert len(site.worker.seen) == 2
 
 
 async def test_a_key_belongs_to_its_caller_and_its_request(site: Site) -> None:

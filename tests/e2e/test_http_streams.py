@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -67,6 +68,91 @@ async def test_a_client_that_does_not_read_is_cut(redis_url: str) -> None:
         for sock in readers:
             sock.close()
         assert (await site.post("/infer", BODY))[0] == 200
+
+
+async def test_the_watch_does_not_wait_for_a_client(redis_url: str) -> None:
+    async with open_site(redis_url, keep_alive_s=0.05) as site:
+        site.worker.frozen = True
+        _, deaf = await raw_post(site, BODY)
+        await until(lambda: len(site.edge.flows) == 1)
+        (flow,) = site.edge.flows
+        await until(lambda: flow.response is not None)
+        response: Any = flow.response
+        # As if the client had been sent more than it reads, by many small writes.
+        flow.request.transport.write(b" " * 20_000_000)  # type: ignore[union-attr]
+        response._payload_writer.buffer_size = 10**6
+        reader, writer = await raw_post(site, BODY)
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        for _ in range(5):
+            assert await asyncio.wait_for(read_chunk(reader), 5) == b": keep-alive\n"
+        writer.close()
+        deaf.transport.abort()
+        await until(lambda: _idle(site))
+
+
+async def test_every_stream_ends_by_one_terminal_event(redis_url: str) -> None:
+    """[DONE], an error, or a connection that is cut: one of them, once, however it ends."""
+    async with open_site(redis_url, slow_client_s=0.5) as site:
+        seen: dict[str, tuple[str, ...]] = {}
+
+        async def follow(name: str, body: Any, headers: dict[str, str] | None = None) -> None:
+            url = site.url("/infer_stream")
+            async with site.http.post(url, json={**BODY, **body}, headers=headers) as reply:
+                events = read_events(await reply.text())
+            ends = [event.data for event in events if "text" not in event.data]
+            ends = [data if data == "[DONE]" else next(iter(data)) for data in ends]
+            seen[name] = tuple(end for end in ends if end != "request_id")
+
+        await follow("normal", {})
+        site.worker.room = 0
+        await follow("timeout in the queue", {"timeout_s": 0.1})
+        waiting = asyncio.create_task(follow("deleted in the queue", {}))
+        await until(lambda: len(site.edge.flows) == 1)
+        await _delete(site)
+        await waiting
+        site.worker.frozen, site.worker.room = True, 8
+        await follow("timeout while running", {"timeout_s": 0.2})
+        await until(lambda: not len(site.edge.flows))
+        running = asyncio.create_task(follow("deleted while running", {}))
+        await until(lambda: len(site.edge.flows) == 1)
+        await _delete(site)
+        await running
+        plain = asyncio.create_task(follow("plain in a drain", {}))
+        kept = asyncio.create_task(follow("kept in a drain", {}, {"X-Resumable": "60"}))
+        await until(lambda: len(site.edge.flows) == 2)
+        await until(lambda: all(flow.response is not None for flow in site.edge.flows))
+        await site.server.drain(0.2)
+        await asyncio.gather(plain, kept)
+        assert seen == {
+            "normal": ("[DONE]",),
+            "timeout in the queue": ("error",),
+            "deleted in the queue": ("error",),
+            "timeout while running": ("error",),
+            "deleted while running": ("error",),
+            "plain in a drain": ("error",),
+            # It has not ended: it goes on elsewhere.
+            "kept in a drain": (),
+        }
+
+
+async def test_a_slow_client_gets_no_end_or_one_error(redis_url: str) -> None:
+    card = model_card(context=200_000)
+    async with open_site(redis_url, card=card, slow_client_s=0.3, slow_client_events=16) as site:
+        site.worker.burst = 500
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.server.port, limit=2**30)
+        writer.transport.pause_reading()
+        writer.write(raw_request({**BODY, "max_tokens": 100_000}))
+        await until(lambda: len(site.edge.flows) == 1)
+        await until(lambda: len(site.edge.flows) == 0)
+        writer.transport.resume_reading()
+        text = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await asyncio.wait_for(reader.read(2**20), 5):
+                text += data
+        assert b"[DONE]" not in text
+        # A cut connection is an end, too: it is not the one of a whole reply.
+        assert text.count(b'data: {"error"') + (not text.endswith(b"0\r\n\r\n")) == 1
+        writer.close()
 
 
 async def test_a_worker_that_falls_silent(redis_url: str) -> None:
@@ -138,6 +224,15 @@ async def test_what_a_drain_does_not_wait_for(site: Site) -> None:
     status, reply, _ = await whole
     assert (status, reply["error"]["code"]) == (503, "gateway_draining")
     await until(lambda: _idle(site))
+
+
+async def test_a_drain_without_grace_hands_over(site: Site) -> None:
+    site.worker.frozen = True
+    kept = asyncio.create_task(site.post("/infer_stream", BODY, {"X-Resumable": "60"}))
+    await until(lambda: any(flow.response is not None for flow in site.edge.flows))
+    await site.server.drain(0)
+    assert (await kept)[1] == []
+    assert await site.counts() == (0, 1)
 
 
 async def test_a_drain_in_a_hurry(site: Site) -> None:
@@ -213,6 +308,12 @@ async def read_chunk(reader: asyncio.StreamReader) -> bytes:
     chunk = await reader.readexactly(size)
     assert await reader.readline() == b"\r\n"
     return chunk
+
+
+async def _delete(site: Site) -> None:
+    (flow,) = site.edge.flows
+    await until(lambda: flow.response is not None)
+    assert (await site.send("DELETE", f"/requests/{flow.rid}"))[0] == 200
 
 
 async def _idle(site: Site) -> bool:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,49 @@ def test_long_folder_gets_a_short_socket(binary: ServerBinary, tmp_path: Path) -
         with client(server.url) as db:
             assert db.config_get("dir") == {"dir": str(folder)}
     assert not path.parent.exists()
+
+
+def test_a_killed_start_leaves_nothing_behind_for_good(
+    binary: ServerBinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that was never cleaned up, as after kill -9: the next one takes the same folder."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    folder = tmp_path / ("a" * 60) / ("b" * 60)
+    first = ServerPlan.make(binary, folder)
+    assert first.socket_folder is not None
+    (first.socket_folder / "server.sock").touch()
+    again, other = ServerPlan.make(binary, folder), ServerPlan.make(binary, folder / "other")
+    assert again.url == first.url != other.url
+    assert list(first.socket_folder.iterdir()) == []
+    assert stat.S_IMODE(first.socket_folder.stat().st_mode) == 0o700
+    again.clean()
+    other.clean()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("trap", ["link", "open to others", "file"])
+def test_a_socket_folder_that_others_could_have_made_is_not_used(
+    binary: ServerBinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    folder = tmp_path / ("a" * 60) / ("b" * 60)
+    expected = ServerPlan.make(binary, folder).socket_folder
+    assert expected is not None
+    expected.rmdir()
+    if trap == "link":
+        (tmp_path / "target").mkdir(mode=0o700)
+        expected.symlink_to(tmp_path / "target")
+    elif trap == "file":
+        expected.touch(mode=0o700)
+    else:
+        expected.mkdir()
+        expected.chmod(0o777)
+    plan = ServerPlan.make(binary, folder)
+    assert plan.socket_folder not in (None, expected)
+    plan.clean()
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == [expected.name]
 
 
 def test_server_dies_with_whoever_started_it(binary: ServerBinary, tmp_path: Path) -> None:

@@ -15,11 +15,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
+import redis
 
 from realtime_serve.redis_server import RedisServer, find_binary
+from realtime_serve.up import usable_cores
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -169,6 +172,27 @@ def test_starts_serves_and_stops_on_ctrl_c(start: Starter) -> None:
     assert_gone(family)
 
 
+@pytest.mark.parametrize(
+    ("flags", "threads"),
+    [
+        (["--workers", "2"], str(max(1, usable_cores() // 2))),
+        (["--workers", "2", "--model", "a=x,b=y"], str(max(1, usable_cores() // 4))),
+        (["--workers", "2", "--threads", "3"], "3"),
+        ([], None),
+    ],
+    ids=["two", "two-of-each", "as-told", "alone"],
+)
+def test_workers_share_the_cores(
+    start: Starter, fakes: Callable[..., Path], flags: list[str], threads: str | None
+) -> None:
+    up = start(*flags, cwd=fakes(gateway=FAKE_GATEWAY.replace('"echo"', '"none"')))
+    until(lambda: any(role.startswith("worker") for role in up.family()))
+    workers = [each for role, each in up.family().items() if role.startswith("worker")]
+    assert {worker.environ().get("RTS_THREADS") for worker in workers} == {threads}
+    up.process.terminate()
+    assert up.end() == 0
+
+
 def test_serves_again_on_the_same_data(start: Starter) -> None:
     for _ in range(2):
         up = start()
@@ -176,6 +200,18 @@ def test_serves_again_on_the_same_data(start: Starter) -> None:
         assert answers(start.url)
         up.process.terminate()
         assert up.end() == 0
+
+
+def test_a_model_of_an_earlier_run_is_not_listed_any_more(start: Starter) -> None:
+    names = []
+    for model in ("first", "second"):
+        up = start(env={"RTS_MODEL": f"{model}=echo"})
+        up.wait_for("ready in")
+        with urllib.request.urlopen(f"{start.url}/v1/models", timeout=10) as reply:
+            names.append([item["id"] for item in json.loads(reply.read())["data"]])
+        up.process.terminate()
+        assert up.end() == 0
+    assert names == [["first"], ["second"]]
 
 
 def test_kill_9_leaves_no_process_and_no_lock(start: Starter) -> None:
@@ -250,6 +286,24 @@ def test_uses_a_given_server_and_leaves_it_running(start: Starter, tmp_path: Pat
         assert server.plan.is_ready()
 
 
+def test_all_processes_understand_an_encoded_password(start: Starter, tmp_path: Path) -> None:
+    binary, _ = find_binary()
+    with RedisServer.start(binary, tmp_path / "mine", tcp=True) as server:
+        secret = "p@ss/w:rd%"
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("requirepass", secret)
+        address = server.url.rpartition("@")[2]
+        up = start(env={"RTS_REDIS_URL": f"redis://:{quote(secret, safe='')}@{address}"})
+        up.wait_for("ready in")
+        # The control process writes it once it is served.
+        host, port = address.partition("/")[0].split(":")
+        with redis.Redis(host=host, port=int(port), password=secret) as client:
+            until(lambda: client.exists("arq:queue", "rts:arq:health") > 0)
+        up.process.terminate()
+        assert up.end() == 0
+        assert "control lost Redis" not in up.output
+
+
 @pytest.mark.parametrize(
     ("flags", "env", "message"),
     [
@@ -259,6 +313,7 @@ def test_uses_a_given_server_and_leaves_it_running(start: Starter, tmp_path: Pat
         (["--prot", "80"], {}, "did you mean --port?"),
         (["--host", "0.0.0.0"], {}, "RTS_ALLOW_ANONYMOUS=1"),
         ([], {"RTS_REDIS_URL": "redis://127.0.0.1:1"}, "RTS_REDIS_URL"),
+        ([], {"RTS_DATA_DIR": "/dev/null/x"}, "set RTS_DATA_DIR to a folder that you can write"),
     ],
 )
 def test_bad_settings_stop_the_start(
@@ -267,6 +322,29 @@ def test_bad_settings_stop_the_start(
     up = start(*flags, env=env)
     assert up.end() in (1, 2)
     assert message in up.output
+    assert "Traceback" not in up.output
+
+
+@pytest.mark.parametrize("source", ["/nonexistent/model", "/nonexistent/model.gguf", "./none"])
+def test_a_model_that_is_not_there_stops_the_start(start: Starter, source: str) -> None:
+    up = start(env={"RTS_ENGINE": "torch", "RTS_MODEL": f"mine={source}"})
+    assert up.end() == 1
+    assert up.output == f"error: RTS_MODEL: there is no {source}\n"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["folder", "file.gguf"])
+def test_a_model_that_is_none_stops_the_start(start: Starter, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.gguf").write_text("this is no model\n")
+    path = str(tmp_path / name)
+    up = start(env={"RTS_ENGINE": "torch", "RTS_MODEL": path})
+    assert up.end() == 1
+    last = [line for line in up.output.splitlines() if '"worker-0"' in line][-1]
+    assert json.loads(last)["level"] == "error"
+    assert path in json.loads(last)["message"]
+    assert up.output.splitlines()[-1].startswith("error: worker-0 cannot start")
+    assert "starting it again" not in up.output
     assert "Traceback" not in up.output
 
 

@@ -139,3 +139,17 @@ def test_a_failed_conversion_says_why(
     with pytest.raises(DemoModelError, match="no such tensor"):
         fetch_demo_model(tmp_path / "data", Screen(io.StringIO()))
     assert left_over(tmp_path / "data") == [".lock"]
+
+
+@pytest.mark.parametrize("data_dir", ["/dev/null/x", "file/x"])
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data_dir: str,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RTS_DATA_DIR", str(tmp_path / data_dir))
+    assert demo_model.main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "set RTS_DATA_DIR to a folder that you can write" in line

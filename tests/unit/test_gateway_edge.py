@@ -120,6 +120,12 @@ def test_a_refusal_says_when_to_come_again() -> None:
         assert problem.headers["Retry-After"] == "1"
 
 
+def test_clients_do_not_learn_where_redis_is() -> None:
+    problem = errors.describe(StoreUnavailable("ConnectionError: /run/secret.sock"))
+    assert (problem.status, problem.code) == (503, "store_unavailable")
+    assert "secret" not in problem.message
+
+
 def test_every_error_has_a_status_and_our_insides_stay_inside() -> None:
     for cls in RtsError.__subclasses__():
         if cls.__module__.startswith("gateway"):
@@ -144,7 +150,7 @@ def test_a_meter_measures_one_stream() -> None:
     meter = Meter(series, window, started=10.0, prompt_tokens=7)
     meter.count(10.5, 1)
     meter.count(10.6, 2)
-    meter.end(11.0, messages.End(1, "stop", timings={"queue": 250.0}))
+    meter.end(11.0, messages.End(1, "stop", timings={"queue": 250.0}), 3)
     assert series.first_token.total == pytest.approx(0.5)
     assert series.inter_token.total == pytest.approx(0.05)
     assert series.end_to_end.total == pytest.approx(1.0)
@@ -152,6 +158,19 @@ def test_a_meter_measures_one_stream() -> None:
     assert (series.prompt_tokens, series.generated_tokens) == (7, 3)
     assert series.ended == {"stop": 1}
     assert window[0].tokens == 3
+
+
+def test_a_meter_of_a_resumed_stream_measures_its_end() -> None:
+    series: Series = Series()
+    window: deque[Any] = deque()
+    meter = Meter(series, window, started=10.0, prompt_tokens=7, resumed=True)
+    meter.count(10.5, 1)
+    timings = {"queue": 250.0, "prefill": 250.0, "decode": 1500.0}
+    meter.end(11.0, messages.End(1, "stop", timings=timings), 9)
+    assert series.ended == {"stop": 1}
+    assert (series.generated_tokens, series.prompt_tokens) == (0, 0)
+    assert series.end_to_end.total == 2.0
+    assert (window[0].total_s, window[0].tokens) == (2.0, 9)
 
 
 def test_the_expected_wait_is_by_the_latest_pace() -> None:
@@ -176,7 +195,7 @@ def test_the_summary_is_of_the_last_minute() -> None:
     for i in range(100):
         meter = metrics.meter("m", "normal", float(i), 1)
         meter.count(i + 0.5, 10)
-        meter.end(i + 1.0, messages.End(1, "error" if i % 10 == 0 else "stop"))
+        meter.end(i + 1.0, messages.End(1, "error" if i % 10 == 0 else "stop"), 10)
     assert metrics.summary(100.0) == {
         "m": {
             "p50": 1000.0,
@@ -211,6 +230,9 @@ def test_the_description_of_the_api_is_whole() -> None:
     schemas = document["components"]["schemas"]
     assert schemas["InferRequest"]["additionalProperties"] is False
     assert schemas["InferRequest"]["required"] == ["model", "prompt"]
+    for path in ("/requests/{id}/stream", "/infer_stream/{id}"):
+        names = [found["name"] for found in document["paths"][path]["get"]["parameters"]]
+        assert names == ["id", "Last-Event-ID"]
 
     def references(value: Any) -> Any:
         if isinstance(value, dict):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 import msgspec
 import pytest
 
 from gateway.openai import ChatRequest, CompletionRequest
-from gateway.requests import InferRequest, Order, decode
+from gateway.requests import InferRequest, Order, decode, inflate
 from shared.errors import InvalidRequest
 
 INFER = {"model": "m", "prompt": "hello"}
@@ -335,7 +336,7 @@ def test_messages_become_what_templates_know() -> None:
                 {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]},
                 # As the openai client gives an answer back.
                 {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
-                {"role": "user", "content": "", "name": "n"},
+                {"role": "user", "content": "", "name": None},
             ],
             "max_completion_tokens": 7,
         }
@@ -347,6 +348,43 @@ def test_messages_become_what_templates_know() -> None:
         {"role": "user", "content": ""},
     ]
     assert (order.max_tokens, order.max_tokens_param) == (7, "max_completion_tokens")
+
+
+def test_a_name_of_a_speaker_is_refused_not_dropped() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat({"model": "m", "messages": [{"role": "user", "content": "", "name": "n"}]})
+    assert (caught.value.param, caught.value.code) == ("messages[0].name", "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"k" * 100_000: 1},
+        {"priority": "k" * 100_000},
+        {"service_tier": "k" * 100_000},
+        {"messages": [{"role": "k" * 100_000, "content": ""}]},
+    ],
+)
+def test_an_error_repeats_little_of_what_was_sent(body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat({**CHAT, **body})
+    assert len(caught.value.message) < 600
+    assert len(caught.value.param or "") < 100
+
+
+def test_compressed_bodies() -> None:
+    plain = b"x" * 1000
+    for coding, bits in (("gzip", 31), ("deflate", 15)):
+        packer = zlib.compressobj(wbits=bits)
+        packed = packer.compress(plain) + packer.flush()
+        assert inflate(packed, coding, 1000) == plain
+        for bad in (packed[:-1], packed + b"x", b"x" + packed, b""):
+            with pytest.raises(InvalidRequest) as caught:
+                inflate(bad, coding, 1000)
+            assert caught.value.code == "invalid_body"
+        with pytest.raises(InvalidRequest) as caught:
+            inflate(packed, coding, 999)
+        assert caught.value.code == "body_too_large"
 
 
 def test_max_tokens_twice_must_agree() -> None:
