@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.figures import Figures
+from benchmarks.figures import BenchError, Figures
 from benchmarks.load import Load, Prompts, Target, run_load
 from benchmarks.server import HOST, Server, cpu_s, free_port, get, main_thread_cpu_s
 from shared.settings import ENV_PREFIX, Settings
@@ -68,7 +68,10 @@ class Cluster:
             "stream_options": {"include_usage": True},
         }
         target = Target(HOST, self._settings.port, "/v1/completions", fields)
-        return run_load(target, load, prompts, self.read_cpu)
+        try:
+            return run_load(target, load, prompts, self.read_cpu)
+        except BenchError as error:
+            raise BenchError(f"{error}\nThe cluster's log:\n{self._server.log_tail()}") from error
 
     def read_cpu(self) -> dict[str, float]:
         """CPU time so far by process; the worker's event loop and its engine thread(s) apart."""

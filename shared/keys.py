@@ -24,9 +24,6 @@ ENDED = PREFIX + "ended"
 DEAD = PREFIX + "dead"
 """Stream of dead letters. Written by take, read by operators. Trimmed by control after 7 days."""
 
-IDENTITY = PREFIX + "id"
-"""String, random: which data set this is. Written by the first to connect."""
-
 SECRET = PREFIX + "secret"
 """String, random: makes request ids of Idempotency-Keys. First gateway that needs it. Stays."""
 
@@ -112,10 +109,15 @@ def files(mv: str) -> str:
 
 
 def bucket(caller: str) -> str:
-    """Hash of a caller's rate limits. limit, settle. Until the bucket is full."""
+    """Hash of a caller's rate limits. limit, refund, settle. Until the bucket is full."""
     return f"{PREFIX}b:{caller}"
 
 
-def settled(rid: str) -> str:
-    """String: the request's budget was settled. settle. One hour."""
-    return f"{PREFIX}settled:{rid}"
+def charge(attempt: str) -> str:
+    """String: tokens charged to an attempt to enqueue. limit; enqueue or refund take it. 1 min."""
+    return f"{PREFIX}charge:{attempt}"
+
+
+def settled(fact: str) -> str:
+    """String: the budget of this entry of `ended` was settled. settle. One hour."""
+    return f"{PREFIX}settled:{fact}"

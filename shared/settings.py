@@ -12,6 +12,7 @@ import ipaddress
 import math
 import re
 import sys
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +115,19 @@ class Settings:
         5.0, "longest wait of an idle engine to fill a batch, in ms", _WORKER, low=0, high=100
     )
     kv_cache_mb: int = _setting(
-        0, "memory for the KV cache, in MiB; 0 = chosen by free memory", _WORKER, low=0, high=2**24
+        0,
+        "memory for the KV cache, in MiB; 0 = on a CPU 2048 or one context if that is more, at most "
+        "30 % of the free memory; on a GPU 70 % of it. A small one shortens the context",
+        _WORKER,
+        low=0,
+        high=2**24,
     )
     threads: int = _setting(
-        0, "CPU threads of the engine; 0 = one for each core", _WORKER, low=0, high=1024
+        0,
+        "CPU threads of the engine; 0 = torch's choice, one for each core",
+        _WORKER,
+        low=0,
+        high=1024,
     )
     queue_limit: int = _setting(
         1000,
@@ -174,11 +184,17 @@ class Settings:
         256, "max_tokens of a request that names none", _GATEWAY, low=1, high=1_000_000
     )
     requests_per_minute: int = _setting(
-        0, "requests a minute for each caller; 0 = no limit", _GATEWAY, low=0, high=10_000_000
+        0,
+        "requests a minute for each caller; 0 = no limit. Without API keys a caller is "
+        "the client_id that it names: against accidents, not against malice",
+        _GATEWAY,
+        low=0,
+        high=10_000_000,
     )
     tokens_per_minute: int = _setting(
         0,
-        "prompt + max_tokens a minute for each caller; 0 = no limit",
+        "prompt + max_tokens a minute for each caller; 0 = no limit. Without API keys a caller is "
+        "the client_id that it names: against accidents, not against malice",
         _GATEWAY,
         low=0,
         high=1_000_000_000,
@@ -370,6 +386,7 @@ def _check_value(spec: dataclasses.Field[Any], value: Any, shown: str) -> None:
         if not value.startswith(("redis://", "rediss://", "unix://")):
             key = shown.partition("=")[0]
             raise SettingsError(f"{key}: must start with redis://, rediss:// or unix://")
+        _check_redis_url(value, shown.partition("=")[0])
     elif spec.name == "trusted_proxies":
         for item in filter(None, (part.strip() for part in value.split(","))):
             try:
@@ -380,6 +397,25 @@ def _check_value(spec: dataclasses.Field[Any], value: Any, shown: str) -> None:
         for item in filter(None, (part.strip() for part in value.split(","))):
             if item != "*" and not _ORIGIN.fullmatch(item):
                 raise SettingsError(f"{shown}: {item!r} is no origin like https://site.org")
+
+
+def _check_redis_url(url: str, key: str) -> None:
+    """Raises where redis-py would fail, or do what our own connection does not do as well."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        # It is read here, and may be no number.
+        parts.port  # noqa: B018
+        options = urllib.parse.parse_qs(parts.query, keep_blank_values=True)
+    except ValueError:
+        raise SettingsError(f"{key}: not a valid URL") from None
+    # What is wrong is not repeated: it may be a part of the password.
+    if options.keys() - {"db"}:
+        raise SettingsError(f"{key}: of options behind a ?, only db is supported")
+    db = options.get("db", [""])[-1]
+    if parts.scheme != "unix" and "db" not in options:
+        db = parts.path.removeprefix("/")
+    if (db or "db" in options) and not re.fullmatch("[0-9]{1,6}", db):
+        raise SettingsError(f"{key}: the database must be a number")
 
 
 def _absolute(path: Path) -> Path:

@@ -30,6 +30,8 @@ SCRIPTS = (
     "heartbeat",
     "depart",
     "limit",
+    "attach",
+    "refund",
     "settle",
 )
 ENGINE_TTL_MS = 5000
@@ -49,13 +51,11 @@ class Enqueued:
     Attributes:
         outcome: accepted, attached (the same request is there), conflict (the id is taken by
             another), closed (the version takes no requests), full.
-        position: place in the queue when accepted, 1 is next. seq: last token so far when attached.
-        waiting: how many wait when full.
+        view: of the request that is there when attached. waiting: how many wait when full.
     """
 
     outcome: str
-    position: int = 0
-    seq: int = 0
+    view: messages.View | None = None
     waiting: int = 0
 
 
@@ -127,6 +127,13 @@ _EMITTED = ("ok", "duplicate", "fenced", "gap", "ended", "lost")
 _LIMITED = ("", "requests", "tokens", "size")
 
 
+def _enqueued(reply: list[Any]) -> Enqueued:
+    outcome = _ENQUEUED[reply[0]]
+    if outcome == "attached":
+        return Enqueued(outcome, view=messages.decode(reply[1], messages.View))
+    return Enqueued(outcome, waiting=reply[1])
+
+
 class Script:
     """One Lua script, sent by its hash, and whole when the server does not know it."""
 
@@ -189,15 +196,42 @@ class Store:
     # -- gateways --
 
     async def limit(
-        self, caller: str, requests_per_minute: int, tokens_per_minute: int, tokens: int
+        self,
+        caller: str,
+        requests_per_minute: int,
+        tokens_per_minute: int,
+        tokens: int,
+        attempt: str = "",
     ) -> Limited:
-        """Charges one request and `tokens` to the caller's buckets, or nothing."""
-        reply = await self._run["limit"](caller, requests_per_minute, tokens_per_minute, tokens)
+        """Charges one request and `tokens` to the caller's buckets, or nothing.
+
+        Args:
+            caller: whose buckets.
+            requests_per_minute: size of one bucket; 0: no limit.
+            tokens_per_minute: size of the other; 0: no limit.
+            tokens: how many.
+            attempt: what `enqueue` or `refund` find the charge by; "" for one that stays.
+        """
+        reply = await self._run["limit"](
+            caller, requests_per_minute, tokens_per_minute, tokens, attempt
+        )
         return Limited(_LIMITED[reply[0]], *reply[1:])
 
-    async def settle(self, caller: str, rid: str, requests: int, tokens: int) -> bool:
-        """Gives back what was charged and not used, once for each rid."""
-        return bool(await self._run["settle"](caller, rid, requests, tokens))
+    async def refund(self, rid: str, caller: str, attempt: str) -> bool:
+        """Takes an attempt to enqueue back: its request ends, or its charge is given back.
+
+        Returns whether there was either. Once or often is the same.
+        """
+        return bool(await self._run["refund"](rid, caller, attempt))
+
+    async def settle(self, caller: str, fact: str, tokens: int) -> bool:
+        """Gives back what was charged and not used, once for each entry of `ended`."""
+        return bool(await self._run["settle"](caller, fact, tokens))
+
+    async def attach(self, request: messages.Request) -> Enqueued | None:
+        """The answer of `enqueue` if it would be attached or conflict, without queueing."""
+        reply = await self._run["attach"](request.rid, request.caller, request.digest())
+        return _enqueued(reply) if reply[0] else None
 
     async def enqueue(
         self,
@@ -207,12 +241,15 @@ class Store:
         timeout_ms: int,
         grace_ms: int,
         keep_ms: int,
-        charged: int,
+        attempt: str,
         queue_limit: int,
         queue_bytes: int,
         resumable: bool,
     ) -> Enqueued:
-        """Puts a request on its queue, or says why not. The same one again is `attached`."""
+        """Puts a request on its queue, or says why not. The same one again is `attached`.
+
+        A repeated call of the same `attempt` is `accepted` as the first one was.
+        """
         reply = await self._run["enqueue"](
             request.rid,
             keys.model_version(request.model, request.version),
@@ -224,17 +261,12 @@ class Store:
             grace_ms,
             keep_ms,
             len(request.prompt),
-            charged,
+            attempt,
             queue_limit,
             queue_bytes,
             messages.encode(request.view(resumable=resumable)),
         )
-        outcome = _ENQUEUED[reply[0]]
-        if outcome == "accepted":
-            return Enqueued(outcome, position=reply[2])
-        if outcome == "attached":
-            return Enqueued(outcome, seq=reply[1])
-        return Enqueued(outcome, waiting=reply[1])
+        return _enqueued(reply)
 
     async def cancel(self, rid: str, caller: str, reason: str = "cancelled") -> str:
         """Ends a request: unknown (or another caller's), cancelled, or ended (before)."""

@@ -1,6 +1,6 @@
 -- Prepended to every script. Helpers that touch keys:
 --   rts:r:<rid> rts:l:<rid> rts:q:<queue> rts:lane:<queue>:<caller> rts:turn:<queue> rts:count:<queue>
---   rts:due rts:owns:<mv> rts:leases:<mv> rts:ended
+--   rts:due rts:owns:<mv> rts:leases:<mv> rts:ended rts:b:<caller>
 -- <mv> is model@version, <queue> is <mv>:<class>. All times are milliseconds of Redis' own clock.
 
 local CLASSES = {'high', 'normal', 'low'}
@@ -88,6 +88,34 @@ end
 
 local function engine_of(owner)
   return string.sub(owner, string.find(owner, ':', 1, true) + 1)
+end
+
+-- What a repeated Idempotency-Key finds under its id: nil nothing, so that it may run; or the reply of
+-- enqueue and attach. A request that failed runs anew, and so does one whose tokens are gone.
+local function present(rid, caller, digest)
+  local v = redis.call('HMGET', 'rts:r:' .. rid, 'caller', 'dig', 'st', 'reason', 'view')
+  if not v[1] then
+    return nil
+  end
+  if v[1] ~= caller or v[2] ~= digest then
+    return {2, 0}
+  end
+  if v[3] == 'e' and ((v[4] ~= 'stop' and v[4] ~= 'length') or redis.call('EXISTS', 'rts:l:' .. rid) == 0) then
+    return nil
+  end
+  return {1, v[5]}
+end
+
+-- Takes a charge, or a part of it, out of a caller's buckets. Returns 0 if they are full anyway.
+local function give_back(caller, requests, tokens)
+  local key = 'rts:b:' .. caller
+  local v = redis.call('HMGET', key, 'r', 't', 'rs', 'ts')
+  if not v[1] then
+    return 0
+  end
+  redis.call('HSET', key, 'r', string.format('%.3f', tonumber(v[1]) - requests * tonumber(v[3])),
+    't', string.format('%.3f', tonumber(v[2]) - tokens * tonumber(v[4])))
+  return 1
 end
 
 -- Ends a request, exactly once: the end entry in its log, the live message, the counters, the

@@ -37,7 +37,7 @@ for i = 3, #ARGV, 8 do
     end
   elseif v[2] ~= ARGV[i + 1] .. ':' .. engine then
     answer(2, 0)
-  elseif first > seq + 1 or (last > seq and first ~= seq + 1) then
+  elseif last > seq and first ~= seq + 1 then
     answer(3, seq)
   else
     local ended, fresh = nil, last >= first and last > seq

@@ -3,8 +3,9 @@
 -- holds one minute's worth. Source: ITU-T I.371, virtual scheduling. A TAT is in microseconds since
 -- 1,700,000,000 s of Unix time with three decimals: what a double holds of them. Whole ones would allow
 -- one call too many at more than some 10,000 a minute.
--- Keys: rts:b:<caller>
--- ARGV: 1 caller, 2 requests a minute (0: no limit), 3 tokens a minute (0: no limit), 4 tokens to charge
+-- Keys: rts:b:<caller> rts:charge:<attempt>
+-- ARGV: 1 caller, 2 requests a minute (0: no limit), 3 tokens a minute (0: no limit), 4 tokens to charge,
+--       5 attempt: what enqueue or refund find the charge by, for a minute; or '' for one that stays
 -- Returns {code, requests left, tokens left, retry after (ms), requests full in (ms), tokens full in (ms)}:
 --   code 0 charged; 1 too many requests; 2 too many tokens; 3 more tokens than a full bucket holds.
 local key = 'rts:b:' .. ARGV[1]
@@ -47,5 +48,9 @@ if rpm > 0 or tpm > 0 then
   redis.call('HSET', key, 'r', string.format('%.3f', r.next), 't', string.format('%.3f', k.next),
     'rs', tostring(r.step), 'ts', tostring(k.step))
   redis.call('PEXPIRE', key, math.ceil((math.max(r.next, k.next) - now) / 1000) + 1)
+  if ARGV[5] ~= '' then
+    -- After a minute there is nothing to give back: the bucket has refilled.
+    redis.call('SET', 'rts:charge:' .. ARGV[5], int(cost), 'PX', WINDOW / 1000)
+  end
 end
 return reply(0, r, k, r.next, k.next, 0)

@@ -218,12 +218,13 @@ async def assert_consistent(client: aioredis.Redis, mv: str = MV) -> State:
     assert set(state.leases) == set(owned)
     assert state.due == {rid: int(r["dl"]) for rid, r in open_requests.items()}
     assert state.wake <= 256
-    ended = Counter(fact["rid"] for fact in state.facts)
+    # A request that failed may run again under its id, later.
+    ended = Counter((fact["rid"], fact["t0"]) for fact in state.facts)
     assert all(times == 1 for times in ended.values()), ended
     for rid, r in state.requests.items():
         entries = state.logs.get(rid, [])
         ends = [i for i, entry in enumerate(entries) if isinstance(entry.event, messages.End)]
-        assert ended[rid] == (r["st"] == "e")
+        assert ended[rid, r["t0"]] == (r["st"] == "e")
         if r["st"] == "e" and entries:
             assert ends == [len(entries) - 1]
             assert entries[-1].event.reason == r["reason"]
@@ -274,6 +275,7 @@ class Model:
     aging: int
     limit: int
     jobs: dict[str, Job] = field(default_factory=dict)
+    past: list[Job] = field(default_factory=list)
     heads: list[list[Job]] = field(default_factory=lambda: [[], [], []])
     lanes: list[dict[str, list[Job]]] = field(default_factory=lambda: [{}, {}, {}])
     pending: list[list[Job]] = field(default_factory=lambda: [[], [], []])
@@ -328,12 +330,19 @@ class Model:
     def enqueue(self, job: Job) -> str:
         if job.rid in self.jobs:
             old = self.jobs[job.rid]
-            same = (old.caller, old.digest) == (job.caller, job.digest)
-            return "attached" if same else "conflict"
-        if len(self.waiting(job.cls)) >= self.limit:
+            if (old.caller, old.digest) != (job.caller, job.digest):
+                return "conflict"
+            if old.state != "e" or old.reason in ("stop", "length"):
+                return "attached"
+        waits = any(other.caller == job.caller for other in self.heads[job.cls])
+        if len(self.waiting(job.cls)) >= self.limit * (1 if waits else 2):
             return "full"
+        if job.rid in self.jobs:
+            old = self.jobs.pop(job.rid)
+            self.past.append(old)
+            job.epoch = old.epoch
         self.jobs[job.rid] = job
-        if any(head.caller == job.caller for head in self.heads[job.cls]):
+        if waits:
             self.lanes[job.cls].setdefault(job.caller, []).append(job)
         else:
             self._append(job)
@@ -448,7 +457,7 @@ class Model:
             return "ended", job.reason
         if (job.owner, job.epoch) != (engine, epoch):
             return "fenced", None
-        if first > seq + 1 or (last > seq and first != seq + 1):
+        if last > seq and first != seq + 1:
             return "gap", seq
         fresh, ended = last >= first and last > seq, ""
         job.progress = progress
@@ -514,7 +523,7 @@ class Model:
         for rid, job in self.jobs.items():
             real = state.requests[rid]
             assert real["st"] == job.state
-            assert real["own"] == (f"{job.epoch}:{job.owner}" if job.epoch else "0:")
+            assert real["own"] == (f"{job.epoch}:{job.owner}" if job.owner else "0:")
             assert int(real["ep"]) == job.epoch
             assert int(real["pr"]) == job.progress
             assert int(real["deaths"]) == job.deaths
@@ -527,8 +536,7 @@ class Model:
                 for token in entry.event.tokens
             ]
             assert tokens == job.tokens
-        ended = {fact["rid"]: (fact["reason"], int(fact["tokens"])) for fact in state.facts}
-        expected = {
-            job.rid: (job.reason, len(job.tokens)) for job in self.jobs.values() if job.state == "e"
-        }
-        assert ended == expected
+        ended = [(fact["rid"], fact["reason"], int(fact["tokens"])) for fact in state.facts]
+        jobs = [*self.past, *self.jobs.values()]
+        expected = [(j.rid, j.reason, len(j.tokens)) for j in jobs if j.state == "e"]
+        assert sorted(ended) == sorted(expected)

@@ -28,7 +28,7 @@ async def heartbeat(store: Store, engine: str) -> None:
     await store.heartbeat("echo", "1", engine, card)
 
 
-async def submit(store: Store, rid: str, *, charged: int = 0, timeout_ms: int = 60_000) -> None:
+async def submit(store: Store, rid: str, *, attempt: str = "", timeout_ms: int = 60_000) -> None:
     request = Request(1, rid, "echo", "1", "ann", [1, 2, 3], Sampling(40))
     answer = await store.enqueue(
         request,
@@ -36,7 +36,7 @@ async def submit(store: Store, rid: str, *, charged: int = 0, timeout_ms: int = 
         timeout_ms=timeout_ms,
         grace_ms=1000,
         keep_ms=1000,
-        charged=charged,
+        attempt=attempt,
         queue_limit=100,
         queue_bytes=10**6,
         resumable=False,
@@ -60,8 +60,8 @@ async def tokens_left(store: Store) -> int:
 
 
 async def test_what_was_not_used_comes_back_once(opened: Store) -> None:
-    assert (await opened.limit("ann", 100, 100, 43)).refused == ""
-    await submit(opened, "r", charged=43)
+    assert (await opened.limit("ann", 100, 100, 43, "a")).refused == ""
+    await submit(opened, "r", attempt="a")
     await generate(opened, "r", 7)
     assert await tokens_left(opened) <= 58
     assert await settle(opened, "c1") == 1
@@ -74,8 +74,8 @@ async def test_what_was_not_used_comes_back_once(opened: Store) -> None:
 async def test_a_control_process_that_died_repeats_and_loses_nothing(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await opened.limit("ann", 100, 100, 43)
-    await submit(opened, "r", charged=43)
+    await opened.limit("ann", 100, 100, 43, "a")
+    await submit(opened, "r", attempt="a")
     await generate(opened, "r", 7)
 
     async def killed(*args: Any, **options: Any) -> int:
@@ -96,7 +96,19 @@ async def test_requests_without_a_charge_need_no_budget(opened: Store) -> None:
     await submit(opened, "r")
     await generate(opened, "r", 2)
     assert await settle(opened, "c1") == 1
-    assert not await opened.client.exists(keys.bucket("ann"), keys.settled("r"))
+    assert await opened.client.keys("rts:settled:*") == []
+    assert not await opened.client.exists(keys.bucket("ann"))
+
+
+async def test_each_run_of_a_repeated_key_is_settled(opened: Store) -> None:
+    for run in ("1", "2"):
+        assert (await opened.limit("ann", 100, 100, 43, run)).refused == ""
+        await submit(opened, "r", attempt=run)
+        await generate(opened, "r", 7)
+        assert await settle(opened, "c1") == 1
+        # Its retention is over.
+        await opened.client.delete(keys.request("r"), keys.log("r"))
+    assert 80 <= await tokens_left(opened) <= 82
 
 
 async def test_overdue_requests_are_ended_without_any_worker(opened: Store) -> None:

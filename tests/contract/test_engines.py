@@ -6,11 +6,12 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from worker.engine import EngineOptions, ModelFiles, create_engine
+from worker.engine import EngineError, EngineOptions, ModelFiles, create_engine
 from worker.engine.echo import EchoEngine, echo_token
 from worker.engine.interface import Engine, EngineInfo, EngineRequest, SamplingParams
 
@@ -339,15 +340,88 @@ def test_an_engine_of_ones_own_is_found_by_module_and_class(
     monkeypatch.setitem(sys.modules, "my_engines", module)
     engine, files = create_engine(EngineOptions(engine="my_engines:Constant", max_batch_size=3))
     assert (engine.info.max_batch_size, files.vocab_size) == (3, 257)
-    with pytest.raises(TypeError, match="info"):
+    with pytest.raises(EngineError, match="info"):
         create_engine(EngineOptions(engine="my_engines:Bare"))
-    with pytest.raises(TypeError, match="no class Missing"):
+    with pytest.raises(EngineError, match="no class Missing"):
         create_engine(EngineOptions(engine="my_engines:Missing"))
+
+
+def test_an_engine_of_ones_own_may_lie_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine_of_this_folder.py").write_text(
+        "from worker.engine.echo import EchoEngine\nclass Mine(EchoEngine): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    engine, _ = create_engine(EngineOptions(engine="engine_of_this_folder:Mine"))
+    assert type(engine).__name__ == "Mine"
+    sys.modules.pop("engine_of_this_folder")
+
+
+@pytest.mark.parametrize(("step_ms", "lease_ms"), [(1500, 3000), (100, 200), (60_000, 60_000)])
+def test_an_echo_step_that_would_outlast_the_lease_is_refused(step_ms: int, lease_ms: int) -> None:
+    with pytest.raises(EngineError, match=f"RTS_ECHO_STEP_MS={step_ms} .*RTS_LEASE_MS={lease_ms}"):
+        EchoEngine(EngineOptions(engine="echo", echo_step_ms=step_ms, lease_ms=lease_ms))
+    EchoEngine(EngineOptions(engine="echo", echo_step_ms=step_ms - 1, lease_ms=2 * step_ms))
+    EchoEngine(EngineOptions(engine="echo", echo_step_ms=step_ms))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (EngineError("the model is bad"), 2),
+        (ImportError("no module named vllm"), 2),
+        (ValueError("a bug"), None),
+        (TypeError("a bug"), None),
+    ],
+)
+def test_only_a_bug_of_an_engine_ends_the_start_with_a_traceback(
+    error: Exception,
+    status: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from shared.settings import Settings
+    from worker import main
+
+    def broken(options: EngineOptions) -> Any:
+        raise error
+
+    module: Any = types.ModuleType("broken_engines")
+    module.Broken = broken
+    monkeypatch.setitem(sys.modules, "broken_engines", module)
+    monkeypatch.setattr(main, "setup_logging", lambda *_: None)
+    settings = Settings(engine="broken_engines:Broken")
+    if status is None:
+        with pytest.raises(type(error), match="a bug"):
+            main.main(settings)
+    else:
+        assert main.main(settings) == status
+        last = caplog.records[-1]
+        assert (last.getMessage(), last.levelname, last.exc_info) == (str(error), "ERROR", None)
+
+
+def test_progress_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    from worker.engine.progress import ProgressLog
+
+    caplog.set_level("INFO", "worker")
+    now = 5.0
+    progress = ProgressLog(lambda: now)
+    for i in range(101):
+        progress("loading", i / 100)
+        now += 0.04
+    progress("warming up", 0.0)
+    progress("warming up", 1.0)
+    told = [(record.getMessage(), vars(record)["done"]) for record in caplog.records]
+    assert told[:3] == [("loading", "0%"), ("loading", "25%"), ("loading", "50%")]
+    assert told[-3:] == [("loading", "100%"), ("warming up", "0%"), ("warming up", "100%")]
+    assert len(told) == 7
 
 
 @pytest.mark.parametrize("name", ["", "vllmm", "a:", ":b"])
 def test_an_unknown_engine_is_told_with_those_that_are(name: str) -> None:
-    with pytest.raises(ValueError, match=r"echo, torch, or package\.module:Class"):
+    with pytest.raises(EngineError, match=r"echo, torch, or package\.module:Class"):
         create_engine(EngineOptions(engine=name))
 
 

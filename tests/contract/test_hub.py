@@ -193,6 +193,22 @@ async def test_a_request_that_vanished_ends_with_an_error(
     reader.close()
 
 
+async def test_a_request_that_ended_and_whose_log_is_gone_is_an_error_at_once(
+    hub: Hub, store: Store
+) -> None:
+    await write(store, 1)
+    await end(store, 1)
+    reader = await hub.subscribe(RID, 1, replay=True)
+    assert await read_all(reader) == ([], "stop")
+    await store.client.delete(keys.log(RID))
+    reader = await hub.subscribe(RID, replay=True)
+    with pytest.raises(LogExpired):
+        async with asyncio.timeout(1):
+            await reader.next()
+    reader.close()
+    await clean(store)
+
+
 async def test_closing_the_last_reader_unsubscribes(hub: Hub, store: Store) -> None:
     one, two = await hub.subscribe(RID), await hub.subscribe(RID)
     one.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -73,6 +74,7 @@ async def put(
     queue_limit: int = 100_000,
     queue_bytes: int = 10**9,
     resumable: bool = False,
+    attempt: str = "",
 ) -> Enqueued:
     return await store.enqueue(
         make_request(rid, caller, prompt),
@@ -80,7 +82,7 @@ async def put(
         timeout_ms=timeout_ms,
         grace_ms=grace_ms,
         keep_ms=keep_ms,
-        charged=11,
+        attempt=attempt or secrets.token_hex(8),
         queue_limit=queue_limit,
         queue_bytes=queue_bytes,
         resumable=resumable,
@@ -166,20 +168,26 @@ async def listening(store: Store, channel: str) -> AsyncIterator[PubSub]:
 
 
 async def test_enqueue_accepts_and_numbers(store: Store) -> None:
-    assert await put(store, "r1") == Enqueued("accepted", position=1)
-    assert await put(store, "r2") == Enqueued("accepted", position=2)
-    assert await put(store, "r3", "bob") == Enqueued("accepted", position=3)
-    assert await put(store, "r4", "bob", "high") == Enqueued("accepted", position=1)
+    for rid, caller, cls, ticket in (
+        ("r1", "alice", "normal", "1"),
+        ("r2", "alice", "normal", "2"),
+        ("r3", "bob", "normal", "3"),
+        ("r4", "bob", "high", "1"),
+    ):
+        assert await put(store, rid, caller, cls) == Enqueued("accepted")
+        assert await field(store, rid, "tk") == ticket
 
 
 async def test_enqueue_is_idempotent_in_every_state(store: Store) -> None:
     await put(store, "r1")
-    assert await put(store, "r1") == Enqueued("attached", seq=0)
+    there = Enqueued("attached", view=make_request("r1").view(resumable=False))
+    assert await put(store, "r1") == there
     await take(store)
     await emit(store, emission("r1", n=3))
-    assert await put(store, "r1") == Enqueued("attached", seq=3)
+    assert await put(store, "r1") == there
     await emit(store, emission("r1", first=4, reason="stop"))
-    assert await put(store, "r1") == Enqueued("attached", seq=4)
+    assert await put(store, "r1") == there
+    assert await store.attach(make_request("r1")) == there
     assert (await counts(store))["ticket"] == 1
     assert await store.client.xlen(keys.queue(MV, "normal")) == 0
 
@@ -195,7 +203,7 @@ async def test_enqueue_refuses_a_closed_version_but_still_attaches(store: Store)
     await put(store, "r1")
     await store.client.delete(keys.is_open(MV))
     assert await put(store, "r2") == Enqueued("closed")
-    assert await put(store, "r1") == Enqueued("attached")
+    assert (await put(store, "r1")).outcome == "attached"
     assert await store.client.exists(keys.request("r2")) == 0
 
 
@@ -203,10 +211,86 @@ async def test_enqueue_refuses_beyond_the_count(store: Store) -> None:
     await put(store, "r1", queue_limit=2)
     await put(store, "r2", "bob", queue_limit=2)
     assert await put(store, "r3", queue_limit=2) == Enqueued("full", waiting=2)
-    assert await put(store, "r2", "bob", queue_limit=2) == Enqueued("attached")
-    assert await put(store, "r4", cls="low", queue_limit=2) == Enqueued("accepted", position=1)
+    assert (await put(store, "r2", "bob", queue_limit=2)).outcome == "attached"
+    assert await put(store, "r4", cls="low", queue_limit=2) == Enqueued("accepted")
     await take(store)
-    assert await put(store, "r3", queue_limit=2) == Enqueued("accepted", position=2)
+    await put(store, "r3", queue_limit=2)
+    assert await put(store, "r5", queue_limit=2) == Enqueued("full", waiting=2)
+
+
+async def test_beyond_the_limit_whoever_has_nothing_waiting_gets_in(store: Store) -> None:
+    for i in range(3):
+        await put(store, f"a{i}", queue_limit=3)
+    assert await put(store, "a3", queue_limit=3) == Enqueued("full", waiting=3)
+    for i, caller in enumerate(("bob", "carol", "dave")):
+        assert await put(store, f"b{i}", caller, queue_limit=3) == Enqueued("accepted")
+        assert await put(store, f"c{i}", caller, queue_limit=3) == Enqueued("full", waiting=4 + i)
+    # Twice the limit is the end, also for the next stranger.
+    assert await put(store, "b3", "eve", queue_limit=3) == Enqueued("full", waiting=6)
+
+
+async def test_beyond_the_bytes_whoever_has_nothing_waiting_gets_in(store: Store) -> None:
+    size = len(messages.encode(make_request("r1")))
+    await put(store, "r1", queue_bytes=size)
+    assert await put(store, "r2", queue_bytes=size) == Enqueued("full", waiting=1)
+    assert await put(store, "r3", "bob01", queue_bytes=size) == Enqueued("accepted")
+    assert await put(store, "r4", "carol", queue_bytes=size) == Enqueued("full", waiting=2)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout", "queue_timeout", "error", "abandoned"])
+async def test_a_repeated_id_whose_request_failed_runs_anew(
+    store: Store, clock: Clock, reason: str
+) -> None:
+    await put(store, "r1")
+    await take(store)
+    await emit(store, emission("r1", n=2))
+    await store.cancel("r1", "alice", reason)
+    assert await put(store, "r1", prompt=4) == Enqueued("conflict")
+    assert await store.attach(make_request("r1")) is None
+    await clock.advance(1)
+    assert await put(store, "r1") == Enqueued("accepted")
+    for name in ("reason", "t1", "t2", "t3", "unheard"):
+        assert await field(store, "r1", name) is None
+    assert await store.read_log("r1", 0) == []
+    await assert_consistent(store.client)
+    # The same engine owns it again; what it says of the first run does not count.
+    (taken,) = (await take(store)).requests
+    assert (taken.rid, taken.epoch, taken.seq) == ("r1", 2, 0)
+    assert await emit(store, emission("r1", 1, first=3)) == [Emitted("fenced")]
+    assert await emit(store, emission("r1", 2, reason="stop")) == [Emitted("ok")]
+    assert (await put(store, "r1")).outcome == "attached"
+    facts = [fields for _, fields in await store.client.xrange(keys.ENDED)]
+    assert [fact[b"reason"].decode() for fact in facts] == [reason, "stop"]
+
+
+async def test_a_repeated_id_whose_log_is_gone_runs_anew(store: Store, clock: Clock) -> None:
+    await put(store, "r1")
+    await take(store)
+    await emit(store, emission("r1", reason="stop"))
+    assert (await put(store, "r1")).outcome == "attached"
+    await store.client.delete(keys.log("r1"))
+    await clock.advance(1)
+    assert await store.attach(make_request("r1")) is None
+    assert await put(store, "r1") == Enqueued("accepted")
+
+
+async def test_attach_looks_and_changes_nothing(store: Store) -> None:
+    assert await store.attach(make_request("r1")) is None
+    await put(store, "r1", resumable=True)
+    before = await read_state(store.client)
+    view = make_request("r1").view(resumable=True)
+    assert await store.attach(make_request("r1")) == Enqueued("attached", view=view)
+    assert await store.attach(make_request("r1", "bob")) == Enqueued("conflict")
+    assert await store.attach(make_request("r1", prompt=4)) == Enqueued("conflict")
+    assert await read_state(store.client) == before
+
+
+async def test_an_attempt_again_is_accepted_again_whatever_has_become_of_it(store: Store) -> None:
+    assert await put(store, "r1", attempt="a1") == Enqueued("accepted")
+    assert await put(store, "r1", attempt="a1") == Enqueued("accepted")
+    await store.cancel("r1", "alice")
+    assert await put(store, "r1", attempt="a1") == Enqueued("accepted")
+    assert (await counts(store))["ticket"] == 1
 
 
 async def test_enqueue_refuses_beyond_the_bytes(store: Store) -> None:
@@ -216,7 +300,9 @@ async def test_enqueue_refuses_beyond_the_bytes(store: Store) -> None:
     assert await put(store, "r3", queue_bytes=size * 2) == Enqueued("full", waiting=2)
     await store.cancel("r1", "alice")
     assert (await put(store, "r3", queue_bytes=size * 2)).outcome == "accepted"
-    assert await put(store, "r4", cls="low", queue_bytes=size - 1) == Enqueued("full", waiting=0)
+    # Nothing is accepted that is larger than twice the limit, whoever sends it.
+    too_small = size // 2 - 1
+    assert await put(store, "r4", cls="low", queue_bytes=too_small) == Enqueued("full", waiting=0)
 
 
 async def test_enqueue_sets_deadline_and_lifetime(store: Store, clock: Clock) -> None:
@@ -382,7 +468,8 @@ async def test_an_orphan_is_not_starved_by_a_stream_of_high(store: Store, clock:
 
 async def test_waited_and_times(store: Store, clock: Clock) -> None:
     start = clock.now_ms
-    await put(store, "r1")
+    await store.limit("alice", 10, 100, 11, "a1")
+    await put(store, "r1", attempt="a1")
     await clock.advance(40)
     taken = (await take(store)).requests[0]
     assert (taken.waited_ms, taken.cls, taken.seq, taken.deaths) == (40, 1, 0, 0)
@@ -1077,7 +1164,7 @@ async def test_limit_never_allows_more_than_the_bucket(
     sha = store._run["limit"]._sha
     async with store.client.pipeline(transaction=False) as pipe:
         for _ in range(rate + 5):
-            pipe.execute_command("EVALSHA", sha, 0, "alice", rate, 60, 0)
+            pipe.execute_command("EVALSHA", sha, 0, "alice", rate, 60, 0, "")
         allowed = 1 + sum(reply[0] == 0 for reply in await pipe.execute())
     # Time stands still, so a rounded fraction of a microsecond may cost the last one.
     assert rate - 1 <= allowed <= rate
@@ -1085,21 +1172,66 @@ async def test_limit_never_allows_more_than_the_bucket(
 
 async def test_settle_gives_back_once(store: Store, clock: Clock) -> None:
     await store.limit("alice", 10, 1000, 900)
-    assert await store.settle("alice", "r1", 0, 500) is True
-    assert await store.settle("alice", "r1", 0, 500) is False
+    assert await store.settle("alice", "1-0", 500) is True
+    assert await store.settle("alice", "1-0", 500) is False
     answer = await store.limit("alice", 10, 1000, 600)
     assert (answer.refused, answer.requests_left, answer.tokens_left) == ("", 8, 0)
-    assert await store.settle("alice", "r2", 1, 0) is True
-    assert (await store.limit("alice", 10, 0, 0)).requests_left == 8
-    assert 3500 < await store.client.ttl(keys.settled("r1")) <= 3600
+    assert await store.settle("alice", "2-0", 1) is True
+    assert 3500 < await store.client.ttl(keys.settled("1-0")) <= 3600
 
 
 async def test_settle_never_overfills(store: Store, clock: Clock) -> None:
     await store.limit("alice", 10, 1000, 100)
-    await store.settle("alice", "r1", 5, 900)
+    await store.settle("alice", "1-0", 900)
     answer = await store.limit("alice", 10, 1000, 1)
-    assert (answer.requests_left, answer.tokens_left) == (9, 999)
-    assert await store.settle("nobody", "r3", 1, 1) is False
+    assert (answer.requests_left, answer.tokens_left) == (8, 999)
+    assert await store.settle("nobody", "3-0", 1) is False
+
+
+async def test_a_charge_is_taken_back_once_and_only_if_there_was_one(
+    store: Store, clock: Clock
+) -> None:
+    await store.limit("alice", 10, 1000, 300)
+    assert await store.refund("r1", "alice", "a1") is False
+    await store.limit("alice", 10, 1000, 500, "a1")
+    assert 59_000 < await store.client.pttl(keys.charge("a1")) <= 60_000
+    assert await store.refund("r1", "alice", "a1") is True
+    assert await store.refund("r1", "alice", "a1") is False
+    answer = await store.limit("alice", 10, 1000, 0)
+    assert (answer.requests_left, answer.tokens_left) == (8, 700)
+    assert await store.client.keys("rts:charge:*") == []
+
+
+async def test_what_was_refused_or_has_no_limit_leaves_no_charge(store: Store) -> None:
+    await store.limit("alice", 0, 0, 10, "a1")
+    assert (await store.limit("alice", 10, 100, 101, "a2")).refused == "size"
+    assert await store.client.keys("rts:*alice*") == []
+    assert await store.client.keys("rts:charge:*") == []
+
+
+async def test_the_charge_goes_over_to_the_request(store: Store, clock: Clock) -> None:
+    await store.limit("alice", 10, 1000, 500, "a1")
+    await put(store, "r1", attempt="a1")
+    assert await field(store, "r1", "charge") == "500"
+    assert await store.client.keys("rts:charge:*") == []
+    # Another attempt of the same id is refunded without it.
+    await store.limit("alice", 10, 1000, 400, "a2")
+    assert (await put(store, "r1", attempt="a2")).outcome == "attached"
+    assert await store.refund("r1", "alice", "a2") is True
+    assert await field(store, "r1", "st") == "w"
+    # This one's own ends it; its end settles the charge, and nothing else does.
+    assert await store.refund("r1", "alice", "a1") is True
+    assert (await end_of(store, "r1")).reason == "cancelled"
+    assert (await store.limit("alice", 10, 1000, 0)).tokens_left == 500
+    (_, fact), *more = await store.client.xrange(keys.ENDED)
+    assert (fact[b"charge"], more) == (b"500", [])
+
+
+async def test_an_attempt_that_was_taken_back_before_it_came_is_not_charged(store: Store) -> None:
+    await store.limit("alice", 10, 1000, 500, "a1")
+    await store.refund("r1", "alice", "a1")
+    await put(store, "r1", attempt="a1")
+    assert await field(store, "r1", "charge") == "0"
 
 
 # -- poison ---------------------------------------------------------------------------------------
@@ -1186,7 +1318,9 @@ async def test_scripts_come_back_after_a_flush(store: Store) -> None:
         await beat(store, "a")
         await store.depart(MV, "a")
         await beat(store, "a")
-        await store.settle("alice", "r1", 0, 0)
+        await store.settle("alice", "1-0", 0)
+        await store.attach(make_request("r1"))
+        await store.refund("r1", "alice", "a1")
 
     await all_of_them()
     await store.client.flushall()

@@ -41,7 +41,7 @@ async def put(store: Store, rid: str, caller: str) -> None:
         timeout_ms=600_000,
         grace_ms=600_000,
         keep_ms=10_000,
-        charged=1,
+        attempt=rid,
         queue_limit=10**6,
         queue_bytes=10**9,
         resumable=False,
@@ -108,8 +108,11 @@ async def measure(store: Store, clock: Clock, engines: int) -> dict[str, dict[st
     await cost("enqueue first", lambda: put(store, "new0", "new"))
     await cost("enqueue more", lambda: put(store, "new1", "new"))
     await cost("heartbeat", lambda: store.heartbeat(MODEL, VERSION, "e0", card("e0")))
-    await cost("limit", lambda: store.limit("new", 60, 1000, 10))
-    await cost("settle", lambda: store.settle("new", "x", 0, 5))
+    await cost("limit", lambda: store.limit("new", 60, 1000, 10, "a1"))
+    await cost("attach", lambda: store.attach(make_request("new0", "new")))
+    await cost("refund", lambda: store.refund("x", "new", "a1"))
+    await cost("refund queued", lambda: store.refund("new1", "new", "new1"))
+    await cost("settle", lambda: store.settle("new", "1-0", 5))
     await cost("expire nothing", store.expire)
     mine = await cost("take", lambda: take(store, "mine", 4))
     assert len(mine) == 4

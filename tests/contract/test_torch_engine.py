@@ -12,7 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.contract.models import FAMILIES, VOCAB, expected, loaded, tiny_model  # noqa: E402
-from worker.engine import EngineOptions, create_engine  # noqa: E402
+from worker.engine import (  # noqa: E402
+    EngineError,
+    EngineOptions,
+    create_engine,
+    torch_engine,
+)
 from worker.engine.interface import EngineRequest, SamplingParams  # noqa: E402
 from worker.engine.loader import ModelLoadError  # noqa: E402
 from worker.engine.torch_engine import TorchEngine  # noqa: E402
@@ -254,6 +259,134 @@ def test_a_step_in_which_nothing_works_raises() -> None:
     engine.abort("b")
     with pytest.raises(RuntimeError, match="poison"):
         engine.step()
+
+
+class Timed:
+    """A backend on which a row takes its time, by a clock of its own."""
+
+    def __init__(self, backend: Any, row_s: float, share: float = 1.0) -> None:
+        self._backend, self._row_s, self._share, self.rows = backend, row_s, share, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def perf_counter(self) -> float:
+        return self.rows * self._row_s
+
+    def process_time(self) -> float:
+        return self.perf_counter() * self._share
+
+    def step(self, batch: Any) -> Any:
+        self.rows += batch.ids.numel()
+        return self._backend.step(batch)
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, row_s: float, lease_ms: int, share: float = 1.0) -> Any:
+    engine = TorchEngine(
+        EngineOptions(max_batch_size=4, threads=1, lease_ms=lease_ms),
+        loaded=loaded(tiny_model("llama", max_position_embeddings=1024)),
+    )
+    backend: Any = Timed(engine._backend, row_s, share)
+    engine._backend = backend
+    monkeypatch.setattr(torch_engine, "time", backend)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("row_s", "lease_ms", "low", "high"),
+    [
+        (0.0001, 3000, 256, 256),
+        (0.001, 400, 85, 100),
+        (0.001, 4000, 256, 256),
+        (0.005, 400, 20, 20),
+        (1.0, 0, 256, 256),
+    ],
+)
+def test_steps_are_made_to_fit_the_lease(
+    row_s: float, lease_ms: int, low: int, high: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = timed(monkeypatch, row_s, lease_ms)
+    engine.warm_up()
+    assert low <= engine._scheduler.budget <= high
+    engine.check_integrity()
+    assert engine.stats().steps == engine.stats().preemptions == 0
+    prompt = prompts(1, VOCAB, (600,))[0]
+    engine.add(EngineRequest("a", prompt, greedy(3)))
+    while engine._scheduler.running or engine._scheduler.waiting:
+        before = engine._backend.rows
+        engine.step()
+        assert not lease_ms or (engine._backend.rows - before) * row_s <= lease_ms / 4000
+
+
+def test_an_engine_too_slow_for_the_lease_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = timed(monkeypatch, 0.06, 400)
+    with pytest.raises(EngineError, match="takes 240 ms, .*RTS_LEASE_MS=400 .*BATCH_SIZE=4"):
+        engine.warm_up()
+
+
+def test_an_engine_on_a_busy_machine_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = timed(monkeypatch, 0.06, 400, share=0.2)
+    engine.warm_up()
+    assert engine._scheduler.budget == 20
+    assert "RTS_LEASE_MS=400" in caplog.text
+
+
+def sized(megabytes: int, free: int, monkeypatch: pytest.MonkeyPatch, **more: Any) -> TorchEngine:
+    monkeypatch.setattr(torch_engine, "free_bytes", lambda: free)
+    return TorchEngine(
+        EngineOptions(max_batch_size=2, threads=1, kv_cache_mb=megabytes),
+        loaded=loaded(tiny_model("llama", max_position_embeddings=4096, **more)),
+    )
+
+
+def test_the_cache_is_chosen_by_free_memory_and_what_it_shortens_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    roomy = sized(0, 1 << 40, monkeypatch)
+    assert roomy._backend.block_count == 2 * 256
+    assert caplog.text == ""
+    # A token takes 3 layers * 2 * 2 heads * 8 numbers * 4 bytes = 384 bytes.
+    tight = sized(0, 1 << 20, monkeypatch)
+    assert tight._backend.block_count == int(0.3 * (1 << 20)) // (16 * 384)
+    assert tight.info.context_length == tight._backend.block_count * 16
+    assert "4096" in caplog.text
+    assert str(tight.info.context_length) in caplog.text
+    assert tight.files.version != roomy.files.version
+
+
+def test_a_cache_that_is_too_small_is_told_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="RTS_KV_CACHE_MB=1 is too small .* at least 2, and 96 "):
+        sized(1, 1 << 40, monkeypatch, head_dim=512)
+    with pytest.raises(EngineError, match="30% of the 0 MiB of free memory .*RTS_KV_CACHE_MB"):
+        sized(0, 1000, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("no room")])
+def test_missing_memory_is_a_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise error
+
+    engine = engine_of(tiny_model("llama"))
+    monkeypatch.setattr(engine, "_rehearse_all", full)
+    with pytest.raises(EngineError, match="RTS_KV_CACHE_MB .*no room"):
+        engine.warm_up()
+    monkeypatch.setattr(torch_engine, "ReferenceBackend", full)
+    with pytest.raises(EngineError, match="RTS_KV_CACHE_MB .*no room"):
+        engine_of(tiny_model("llama"))
+
+
+def test_the_version_is_that_of_dtype_and_context_too() -> None:
+    engines = [
+        engine_of(tiny_model("llama")),
+        engine_of(tiny_model("llama").to(torch.bfloat16)),
+        engine_of(tiny_model("llama"), blocks=6),
+        engine_of(tiny_model("llama"), batch=3),
+    ]
+    versions = [engine.files.version for engine in engines]
+    assert versions[0] == versions[3]
+    assert len(set(versions)) == 3
 
 
 def test_a_small_cache_shortens_the_context() -> None:

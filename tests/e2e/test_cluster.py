@@ -243,32 +243,42 @@ async def test_low_is_not_starved_by_a_steady_stream_of_high(narrow: Cluster) ->
 
 
 async def test_a_caller_with_many_waiting_does_not_delay_another(narrow: Cluster) -> None:
-    """The greedy caller's thousand are in the queue; the modest one's first is served next."""
+    """At the default limit: the greedy thousand fill the queue, the modest one is served next."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         greedy_done = 0
 
-        async def greedy() -> None:
+        async def greedy(max_tokens: int = 2) -> int:
             nonlocal greedy_done
-            body = {"model": "echo", "prompt": "x", "max_tokens": 2, "client_id": "greedy"}
+            body = {"model": "echo", "prompt": "x", "max_tokens": max_tokens}
+            body["client_id"] = "greedy"
             async with session.post(f"{narrow.url}/infer", json=body) as reply:
-                assert reply.status == 200
-            greedy_done += 1
+                greedy_done += reply.status == 200
+                return reply.status
 
-        tasks = [asyncio.create_task(greedy()) for _ in range(900)]
-        async with asyncio.timeout(30):
-            while True:
-                _, body = await asyncio.to_thread(narrow.get, "/status")
-                if body["queues"]["echo"]["normal"]["waiting"] >= 800:
-                    break
-                await asyncio.sleep(0.02)
-        before = greedy_done
-        await infer(narrow.url, max_tokens=2, client_id="modest")
-        # One runs, one more has its turn first; two that finished are on their way to us.
-        assert greedy_done - before <= 4
+        async def waiting(number: int) -> None:
+            async with asyncio.timeout(30):
+                while True:
+                    _, body = await asyncio.to_thread(narrow.get, "/status")
+                    if body["queues"]["echo"]["normal"]["waiting"] >= number:
+                        return
+                    await asyncio.sleep(0.02)
+
+        # It keeps the worker busy until everything is in place.
+        first = asyncio.create_task(greedy(3000))
+        await asyncio.sleep(0.3)
+        tasks = [asyncio.create_task(greedy()) for _ in range(1000)]
+        await waiting(1000)
+        assert await greedy() == 503
+        modest = asyncio.create_task(infer(narrow.url, max_tokens=2, client_id="modest"))
+        await waiting(1001)
+        first.cancel()
+        await modest
+        # One has its turn first, one more runs; two that finished are on their way to us.
+        assert greedy_done <= 4
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(first, *tasks, return_exceptions=True)
     await idle(narrow)
 
 

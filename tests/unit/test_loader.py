@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from worker.engine import loader
 from worker.engine.loader import ModelLoadError, locate
+from worker.engine.memory import free_bytes
 
 
 @pytest.mark.parametrize(
@@ -23,8 +28,9 @@ def test_a_missing_folder_is_told_at_once(source: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_gguf_file_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"no file .*none\.gguf"):
-        locate(str(tmp_path / "none.gguf"), tmp_path)
+    for name in ("none.gguf", "none.GGUF"):
+        with pytest.raises(ModelLoadError, match=rf"no file .*{name}"):
+            locate(str(tmp_path / name), tmp_path)
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -75,13 +81,65 @@ def test_the_version_changes_with_the_files(tmp_path: Path) -> None:
         ("model.safetensors", "1234"),
         ("other.safetensors", "1234"),
         ("config.json", '{"a": 1}'),
+        ("generation_config.json", '{"eos_token_id": 1}'),
+        ("generation_config.json", '{"eos_token_id": 2}'),
+        ("chat_template.jinja", "a"),
+        ("chat_template.jinja", "b"),
+        ("tokenizer.model", "a"),
+        ("other.safetensors", "1235"),
     ):
         (tmp_path / name).write_text(content)
         versions.add(loader._version(tmp_path))
     (tmp_path / "README.md").write_text("irrelevant")
     assert loader._version(tmp_path) in versions
-    assert len(versions) == 6
+    assert len(versions) == 12
     assert all(len(version) == 8 and int(version, 16) >= 0 for version in versions)
+
+
+@pytest.mark.parametrize("at", [0, 500_000, 999_999])
+def test_the_version_changes_with_the_weights_of_a_fine_tuned_model(
+    tmp_path: Path, at: int
+) -> None:
+    weights = bytearray(1_000_000)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    before = loader._version(tmp_path)
+    weights[at] = 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert loader._version(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("repository", "fetched"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["config.json", "pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
+    ],
+)
+def test_old_weights_are_fetched_only_where_there_are_no_others(
+    repository: list[str], fetched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub: Any = types.ModuleType("huggingface_hub")
+
+    def snapshot_download(name: str, allow_patterns: list[str], **more: Any) -> str:
+        assert (name, more["revision"]) == ("owner/name", None)
+        bars = [more["tqdm_class"](total=100, unit=unit) for unit in ("B", "it")]
+        for bar in bars:
+            bar.update(30)
+            bar.update(20)
+            bar.close()
+        for file in repository:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).write_text("{}")
+        return str(tmp_path)
+
+    hub.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    told: list[float] = []
+    assert locate("owner/name", tmp_path, lambda what, share: told.append(share)) == tmp_path
+    found = [path.name for path in sorted(tmp_path.iterdir()) if path.suffix != ".json"]
+    assert found == fetched
+    assert told[:3] == [0.0, 0.3, 0.5]
+    assert told[-1] == 1.0
 
 
 @pytest.mark.torch
@@ -128,3 +186,30 @@ def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
     assert (got.files.context_length, got.files.vocab_size) == (256, 257)
     assert json.loads(got.files.tokenizer_json)["model"]["type"] == "BPE"
     assert told[-1] == ("loading weights", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [
+        (None, 8000 << 10),
+        ("max", 8000 << 10),
+        (str(4000 << 10), (4000 - 3000 + 500) << 10),
+        (str(1000 << 10), 0),
+        (str(90_000 << 10), 8000 << 10),
+    ],
+)
+def test_free_memory_is_that_of_the_container(limit: str | None, free: int, tmp_path: Path) -> None:
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    if limit:
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(f"{3000 << 10}\n")
+        (group / "memory.stat").write_text(f"anon 7\ninactive_file {500 << 10}\nslab 3\n")
+    assert free_bytes(tmp_path) == free
+
+
+def test_free_memory_is_known_everywhere(tmp_path: Path) -> None:
+    assert free_bytes() > 0
+    assert free_bytes(tmp_path) > 0

@@ -142,6 +142,16 @@ def test_zero_temperature_takes_the_most_likely() -> None:
     )
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-45, 1e-38, 9.9e-6, 1e-5])
+def test_the_smallest_temperatures_are_zero(temperature: float) -> None:
+    table = logits(6, 333, 1.0)
+    table[1, 5:] = -torch.inf
+    table[2] *= 1e30
+    for more in ({}, {"top_p": 0.5}, {"top_k": 3}, {"top_k": 100, "top_p": 0.9}):
+        draws = [draw(i, temperature=temperature, **more) for i in range(6)]
+        assert sample(table, draws) == table.argmax(-1).tolist()
+
+
 def test_one_candidate_leaves_no_choice() -> None:
     table = logits(4, 333, 1.0)
     best = table.argmax(-1).tolist()

@@ -77,6 +77,13 @@ def test_good_values(env: dict[str, str], field: str, value: object) -> None:
         ("RTS_ENGINE", "vllm", "torch, echo or package.module:Class"),
         ("RTS_LOG_LEVEL", "INFO", "info"),
         ("RTS_REDIS_URL", "http://x", "redis://"),
+        ("RTS_REDIS_URL", "redis://u:s3cret@h:port", "valid URL"),
+        ("RTS_REDIS_URL", "redis://u:s3cret@[h:1", "valid URL"),
+        ("RTS_REDIS_URL", "redis://u:s3cret@h:99999", "valid URL"),
+        ("RTS_REDIS_URL", "redis://u:s3cret@h/two", "number"),
+        ("RTS_REDIS_URL", "unix:///x?db=two&password=s3cret", "only db"),
+        ("RTS_REDIS_URL", "unix:///x?db=", "number"),
+        ("RTS_REDIS_URL", "rediss://h?ssl_cert_reqs=none", "only db"),
         ("RTS_TRUSTED_PROXIES", "10.0.0.0/8,me", "'me'"),
         ("RTS_CORS_ORIGINS", "example.org", "origin"),
         ("RTS_MODEL", "a=x,a=y", "two models"),
@@ -91,6 +98,7 @@ def test_bad_values_name_key_and_allowed(key: str, text: str, hint: str) -> None
         Settings.load({key: text})
     assert key in str(caught.value)
     assert hint in str(caught.value)
+    assert "s3cret" not in str(caught.value)
     if key != "RTS_REDIS_URL":
         assert text in str(caught.value)
 

@@ -1,0 +1,5 @@
+-- Looks for a request that a repeated Idempotency-Key may attach to; changes nothing.
+-- Keys: rts:r:<rid> rts:l:<rid>
+-- ARGV: 1 rid, 2 caller, 3 digest of the body
+-- Returns {0, 0} there is none to attach to; {1, messages.View} there is; {2, 0} the id is taken by another.
+return present(ARGV[1], ARGV[2], ARGV[3]) or {0, 0}
