@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,24 @@ def test_a_wrong_attention_is_noticed_at_load(monkeypatch: pytest.MonkeyPatch) -
         engine_of(tiny_model("llama"))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "rts_paged"])
+def test_a_model_that_does_not_run_is_refused_with_a_sentence(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    original = type(model).forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == implementation:
+            raise IndexError("index out of range\nmore")
+        return original(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ModelLoadError, match="llama models are not supported: index out of range$"):
+        engine_of(model)
+
+
 class Poisoned:
     """A backend that fails when a certain id is in the batch."""
 
@@ -320,7 +339,7 @@ def test_steps_are_made_to_fit_the_lease(
 
 def test_an_engine_too_slow_for_the_lease_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = timed(monkeypatch, 0.06, 400)
-    with pytest.raises(EngineError, match="takes 240 ms, .*RTS_LEASE_MS=400 .*BATCH_SIZE=4"):
+    with pytest.raises(EngineError, match=r"takes 240 ms, .*RTS_LEASE_MS=400 .*BATCH_SIZE=4"):
         engine.warm_up()
 
 
@@ -357,9 +376,9 @@ def test_the_cache_is_chosen_by_free_memory_and_what_it_shortens_is_told(
 
 
 def test_a_cache_that_is_too_small_is_told_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="RTS_KV_CACHE_MB=1 is too small .* at least 2, and 96 "):
+    with pytest.raises(EngineError, match=r"RTS_KV_CACHE_MB=1 is too small .* at least 2, and 96 "):
         sized(1, 1 << 40, monkeypatch, head_dim=512)
-    with pytest.raises(EngineError, match="30% of the 0 MiB of free memory .*RTS_KV_CACHE_MB"):
+    with pytest.raises(EngineError, match=r"30% of the 0 MiB of free memory .*RTS_KV_CACHE_MB"):
         sized(0, 1000, monkeypatch)
 
 
@@ -370,10 +389,10 @@ def test_missing_memory_is_a_sentence(error: Exception, monkeypatch: pytest.Monk
 
     engine = engine_of(tiny_model("llama"))
     monkeypatch.setattr(engine, "_rehearse_all", full)
-    with pytest.raises(EngineError, match="RTS_KV_CACHE_MB .*no room"):
+    with pytest.raises(EngineError, match=r"RTS_KV_CACHE_MB .*no room"):
         engine.warm_up()
     monkeypatch.setattr(torch_engine, "ReferenceBackend", full)
-    with pytest.raises(EngineError, match="RTS_KV_CACHE_MB .*no room"):
+    with pytest.raises(EngineError, match=r"RTS_KV_CACHE_MB .*no room"):
         engine_of(tiny_model("llama"))
 
 

@@ -7,6 +7,7 @@ An engine class is constructed as `Class(options)` and has two attributes: `info
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,13 @@ BUILTIN: Final = {
 }
 
 
+class EngineError(Exception):
+    """An engine cannot start, for a reason that a person can do something about.
+
+    The message is one sentence for that person. Whatever else an engine raises is a bug.
+    """
+
+
 def no_progress(what: str, share: float) -> None:
     """The progress callback of those who do not watch."""
 
@@ -36,9 +44,10 @@ class EngineOptions:
         source: the model: a hub id, a local folder, or a GGUF file.
         dtype: "auto", "bfloat16" or "float32".
         max_batch_size: most sequences at once, 1-256.
+        lease_ms: a step that takes longer has the engine declared dead; 0 for no such limit.
         echo_step_ms: how long a step of the echo engine takes.
-        kv_cache_mb: MiB for the KV cache; 0 chooses by the model and the machine. A cache that is
-            smaller than the model's context shortens the context.
+        kv_cache_mb: MiB for the KV cache; 0 chooses by the model and the free memory. A cache that
+            is smaller than the model's context shortens the context.
         threads: compute threads on a CPU; 0 leaves torch's choice.
         data_dir: where converted models are kept.
         progress: told about slow parts of the start.
@@ -48,6 +57,7 @@ class EngineOptions:
     source: str = ""
     dtype: str = "auto"
     max_batch_size: int = 32
+    lease_ms: int = 0
     echo_step_ms: float = 0.0
     kv_cache_mb: int = 0
     threads: int = 0
@@ -64,7 +74,7 @@ class EngineOptions:
             raise ValueError(f"max_batch_size must be 1-256, not {self.max_batch_size}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype must be auto, bfloat16 or float32, not {self.dtype!r}")
-        for name in ("echo_step_ms", "kv_cache_mb", "threads"):
+        for name in ("lease_ms", "echo_step_ms", "kv_cache_mb", "threads"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
@@ -74,7 +84,8 @@ class ModelFiles:
     """What a gateway needs to turn text into ids and back for this model version.
 
     Attributes:
-        version: 8 hex digits, a hash of what the model was loaded from.
+        version: 8 hex digits, a hash of all that decides which tokens are served: what the model
+            was loaded from, its dtype, its context length.
         tokenizer_json: text of a `tokenizers` file.
         chat_template: jinja source, None for a model without one.
         context_length: most tokens of prompt and output together.
@@ -96,16 +107,19 @@ class ModelFiles:
 def resolve(name: str) -> Callable[[EngineOptions], Any]:
     """The engine class for a name or `package.module:Class`.
 
+    A module of one's own may lie in the current folder, as with `python -m`.
+
     Raises:
-        ValueError: no such engine.
-        TypeError: the module has no such class.
+        EngineError: no such engine, or the module has no such class.
         ImportError: the module or something that it imports is missing; says what to install.
     """
     path = BUILTIN.get(name, name)
     module_name, colon, class_name = path.partition(":")
     if not (module_name and colon and class_name):
         known = ", ".join(BUILTIN)
-        raise ValueError(f"unknown engine {name!r}: known are {known}, or package.module:Class")
+        raise EngineError(f"unknown engine {name!r}: known are {known}, or package.module:Class")
+    if name not in BUILTIN and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -120,7 +134,7 @@ def resolve(name: str) -> Callable[[EngineOptions], Any]:
         ) from error
     found = getattr(module, class_name, None)
     if not callable(found):
-        raise TypeError(f"engine {name!r}: module {module_name} has no class {class_name}")
+        raise EngineError(f"engine {name!r}: module {module_name} has no class {class_name}")
     return cast("Callable[[EngineOptions], Any]", found)
 
 
@@ -128,15 +142,14 @@ def create_engine(options: EngineOptions) -> tuple[Engine, ModelFiles]:
     """Makes the engine that the options name, with its model loaded but not warmed up.
 
     Raises:
-        ValueError: no such engine, or an option it cannot serve.
+        EngineError: no such engine or class, it lacks `info` or `files`, or the engine says so.
         ImportError: something is not installed.
-        TypeError: no such class, or it lacks `info` or `files`.
-        Exception: whatever the engine raises, `worker.engine.loader.ModelLoadError` for a model.
+        Exception: whatever else the engine raises; a bug.
     """
     engine = resolve(options.engine)(options)
     files = getattr(engine, "files", None)
     if getattr(engine, "info", None) is None or not isinstance(files, ModelFiles):
-        raise TypeError(
+        raise EngineError(
             f"engine {options.engine!r} lacks `info` (EngineInfo) or `files` (ModelFiles)"
         )
     return engine, files

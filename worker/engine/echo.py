@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Final
 
-from worker.engine import EngineOptions
+from worker.engine import EngineError, EngineOptions
 from worker.engine.echo_tokenizer import VOCAB_SIZE, byte_files, byte_id
 from worker.engine.interface import EngineInfo, EngineRequest, EngineStats, StepOutput
 from worker.engine.randomness import random_bits
@@ -34,9 +34,17 @@ class EchoEngine:
         """Makes an engine.
 
         Args:
-            options: `max_batch_size` and `echo_step_ms` count.
+            options: `max_batch_size`, `echo_step_ms` and `lease_ms` count.
             context_length: in tokens.
+
+        Raises:
+            EngineError: a step would take too much of the lease.
         """
+        if 0 < options.lease_ms <= 2 * options.echo_step_ms:
+            raise EngineError(
+                f"a step of RTS_ECHO_STEP_MS={options.echo_step_ms:g} is too long: it must be "
+                f"below half of RTS_LEASE_MS={options.lease_ms}"
+            )
         self.files = byte_files("echo", context_length)
         self.info = EngineInfo(
             name="echo",

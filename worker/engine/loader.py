@@ -16,18 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.engine import ModelFiles, Progress, no_progress
+from worker.engine import EngineError, ModelFiles, Progress, no_progress
 
 if TYPE_CHECKING:
     import torch
 
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _WEIGHTS: Final = ("*.safetensors", "*.bin")
+_OTHERS: Final = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Files that say what a model is, beside its weights."""
+
+_SAMPLE: Final = 64 << 10
+"""Bytes at the head, in the middle and at the tail of weights that stand for all of them."""
+
 _END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Ends of an answer that files converted by others often fail to name as such."""
 
 
-class ModelLoadError(Exception):
+class ModelLoadError(EngineError):
     """A model cannot be loaded or would not be computed rightly; the message says why."""
 
 
@@ -82,7 +88,7 @@ def locate(source: str, data_dir: Path, progress: Progress = no_progress) -> Pat
         ModelLoadError: there is no such model.
     """
     path = Path(source).expanduser()
-    if source.endswith(".gguf"):
+    if source.lower().endswith(".gguf"):
         if not path.is_file():
             raise ModelLoadError(f"there is no file {path}")
         folder = data_dir / "models" / f"{path.stem}-{_fingerprint(path)}"
@@ -164,17 +170,41 @@ def _download(source: str, progress: Progress) -> Path:
 
     name, _, revision = source.partition("@")
     progress(f"downloading {source}", 0.0)
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-    with _explained(source):
-        folder = Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]
+    for weights in ("*.safetensors", "pytorch_model*.bin"):
+        with _explained(source):
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision or None,
+                    allow_patterns=[*_OTHERS, weights],
+                    ignore_patterns=["*/*"],
+                    tqdm_class=_bar(f"downloading {source}", progress),
+                )
             )
-        )
+        # Most that have both have the same in both.
+        if any(folder.glob("*.safetensors")):
+            break
     progress(f"downloading {source}", 1.0)
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{source} is no model: it has no config.json")
     return folder
+
+
+def _bar(what: str, progress: Progress) -> Any:
+    """The class of a progress bar that shows nothing, and tells `progress` of the bytes."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+    class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes and self.total:
+                progress(what, min(self.n / self.total, 0.99))
+
+    return Bar
 
 
 def _files(folder: Path, model: Any) -> ModelFiles:
@@ -216,13 +246,19 @@ def _eos_ids(model: Any, tokenizer: Any, template: str | None) -> tuple[int, ...
 
 
 def _version(folder: Path) -> str:
-    """8 hex digits that change with the model."""
+    """8 hex digits that change with the model's files."""
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    weights = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
-    digest.update(json.dumps([(file.name, file.stat().st_size) for file in weights]).encode())
+    for pattern in (*_OTHERS, *_WEIGHTS):
+        for path in sorted(folder.glob(pattern)):
+            size = path.stat().st_size
+            digest.update(json.dumps([path.name, size]).encode())
+            if pattern in _OTHERS:
+                digest.update(path.read_bytes())
+                continue
+            with path.open("rb") as file:
+                for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+                    file.seek(max(0, start))
+                    digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:8]
 
 

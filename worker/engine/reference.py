@@ -28,6 +28,10 @@ from worker.engine.blocks import blocks_for
 from worker.engine.loader import ModelLoadError
 
 _CHECK_ROWS: Final = 24
+
+LEAST_BLOCKS: Final = 2 * blocks_for(_CHECK_ROWS)
+"""A smaller cache could not be checked."""
+
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
@@ -40,7 +44,8 @@ class ReferenceBackend:
         Args:
             model: a causal language model of transformers; its attention is replaced.
             device: where it runs.
-            size: from the bytes of one block (16 tokens) to how many blocks are wanted.
+            size: from the bytes of one block (16 tokens) to how many blocks are wanted; it gets
+                LEAST_BLOCKS if that is more. Called when the weights are where they stay.
 
         Raises:
             ModelLoadError: the model asks for something that would not be computed rightly.
@@ -54,11 +59,14 @@ class ReferenceBackend:
         self._refuse_by_config()
         AttentionInterface.register(NAME, paged_attention)
         layers = self._record()
-        self.block_count = size(PagedCache.block_bytes(layers, self._dtype))
-        if self.block_count < blocks_for(2 * _CHECK_ROWS):
-            raise ModelLoadError(f"a KV cache of {self.block_count} blocks is too small")
+        self.block_count = max(LEAST_BLOCKS, size(PagedCache.block_bytes(layers, self._dtype)))
         self._cache = PagedCache(layers, self.block_count, self._dtype, device)
-        self._check()
+        try:
+            self._check()
+        except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self._refusal(error) from error
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> torch.Tensor:
@@ -121,8 +129,10 @@ class ReferenceBackend:
         try:
             self._model.set_attn_implementation(NAME)
             self.vocab_size = self._forward(one, one, one, recorder).shape[-1]
-        except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ModelLoadError(f"{self._family} models are not supported: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self._refusal(error) from error
         config = self._model.config.get_text_config(decoder=True)
         if sorted(recorder.layers) != list(range(config.num_hidden_layers)):
             raise ModelLoadError(
@@ -137,6 +147,10 @@ class ReferenceBackend:
                     f"{kind}, but its window is {recorder.layers[index].window}"
                 )
         return recorder.layers
+
+    def _refusal(self, error: Exception) -> ModelLoadError:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return ModelLoadError(f"{self._family} models are not supported: {reason}")
 
     @torch.inference_mode()
     def _check(self) -> None:

@@ -23,6 +23,9 @@ _CANDIDATES: Final = 64
 _STRIPE: Final = 256
 """Tokens whose probabilities are added up together: a draw looks for its stripe, then its token."""
 
+_GREEDY: Final = 1e-5
+"""Temperatures below are zero: smaller ones overflow in the division, and end at the same token."""
+
 FAILED: Final = -1
 """In place of a token where the logits are not numbers."""
 
@@ -61,7 +64,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     best, token = logits.max(-1)
     tokens: list[int] = torch.where(best.isfinite(), token, FAILED).tolist()
     alive = [i for i, found in enumerate(tokens) if found != FAILED]
-    random = [i for i in alive if draws[i].sampling.temperature > 0]
+    random = [i for i in alive if draws[i].sampling.temperature >= _GREEDY]
     if not random:
         return tokens
     rows, drawn = _Rows.of(logits, draws, random), [draws[i] for i in random]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -9,7 +12,7 @@ from typing import Final
 
 import torch
 
-from worker.engine import EngineOptions
+from worker.engine import EngineError, EngineOptions
 from worker.engine.backend import Backend, Batch
 from worker.engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
 from worker.engine.interface import (
@@ -20,7 +23,8 @@ from worker.engine.interface import (
     StepOutput,
 )
 from worker.engine.loader import LoadedModel, load
-from worker.engine.reference import ReferenceBackend
+from worker.engine.memory import free_bytes
+from worker.engine.reference import LEAST_BLOCKS, ReferenceBackend
 from worker.engine.sampler import FAILED, Draw, sample
 from worker.engine.scheduler import Scheduler, Work
 from worker.engine.sequence import Sequence, check_request
@@ -28,7 +32,16 @@ from worker.engine.sequence import Sequence, check_request
 _STEP_ROWS: Final = 256
 """Rows of a step: fewer waste the weights that every step reads, more make the others wait."""
 
+_LEAST_PIECE: Final = 16
+"""Rows of prompts in a step at least: with fewer, a long prompt would take forever."""
+
 _AUTO_CACHE_BYTES: Final = 2 << 30
+"""On a CPU, if one context does not need more and the memory is free."""
+
+_AUTO_CACHE_SHARE: Final = {"cpu": 0.3, "cuda": 0.7}
+"""Of the free memory. A GPU has nobody else; what is left is for what a step needs."""
+
+log = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -51,7 +64,7 @@ class TorchEngine:
             step_rows: most rows of a step.
 
         Raises:
-            worker.engine.loader.ModelLoadError: no such model, or it cannot be computed rightly.
+            EngineError: no such model, it cannot be computed rightly, or there is no memory for it.
         """
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -59,14 +72,34 @@ class TorchEngine:
             loaded = load(options.source, options.dtype, options.data_dir, options.progress)
         files = loaded.files
         most = blocks_for(files.context_length) * options.max_batch_size
-        self._backend: Backend = ReferenceBackend(
-            loaded.model,
-            torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
-            _cache_size(blocks, options.kv_cache_mb, most, blocks_for(files.context_length)),
-        )
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if blocks:
+            size: Callable[[int], int] = lambda block_bytes: blocks  # noqa: E731
+        else:
+            size = _cache_size(options.kv_cache_mb, most, blocks_for(files.context_length), device)
+        try:
+            self._backend: Backend = ReferenceBackend(loaded.model, device, size)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise EngineError(
+                f"the memory of {device} does not hold the model and its KV cache; a smaller "
+                f"RTS_KV_CACHE_MB may help ({_first_line(error)})"
+            ) from error
         context_length = min(files.context_length, self._backend.block_count * BLOCK_SIZE)
+        log.info(
+            "KV cache",
+            extra={"tokens": self._backend.block_count * BLOCK_SIZE, "context": context_length},
+        )
+        if context_length < files.context_length:
+            log.warning(
+                f"the KV cache shortens the context of the model, {files.context_length} tokens, "
+                f"to {context_length}; RTS_KV_CACHE_MB sets its size"
+            )
+        identity = f"{files.version} {self._backend.dtype} {context_length}"
         self.files = replace(
-            files, context_length=context_length, vocab_size=self._backend.vocab_size
+            files,
+            version=hashlib.sha256(identity.encode()).hexdigest()[:8],
+            context_length=context_length,
+            vocab_size=self._backend.vocab_size,
         )
         self.info = EngineInfo(
             name="torch",
@@ -82,23 +115,114 @@ class TorchEngine:
         self._scheduler = Scheduler(
             BlockPool(self._backend.block_count), options.max_batch_size, rows
         )
+        self._lease_s = options.lease_ms / 1000
         self._progress = options.progress
         self._arrivals = 0
         self._ended: dict[str, StepOutput] = {}
         self._stats = EngineStats()
 
     def warm_up(self) -> None:
-        """Runs a full step of a prompt, then every batch size by powers of two."""
+        """Fits the steps to the lease, runs a prompt, then every batch size by powers of two.
+
+        Raises:
+            EngineError: a full batch is too slow for the lease, or too large for the memory.
+        """
+        try:
+            self._progress("warming up", 0.0)
+            if self._lease_s:
+                self._fit_steps()
+            self._rehearse_all()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise EngineError(
+                f"the memory of {self.info.device} does not hold a full step; a smaller "
+                f"RTS_KV_CACHE_MB or RTS_MAX_BATCH_SIZE may help ({_first_line(error)})"
+            ) from error
+        self._progress("warming up", 1.0)
+        self._stats = EngineStats()
+        self._scheduler.preemptions = 0
+
+    def _fit_steps(self) -> None:
+        """Chooses how many rows a step has at most, so that none comes near the lease.
+
+        From few to many: on a slow machine a step of many rows would take minutes.
+        """
+        batch, lease_ms = self.info.max_batch_size, self._lease_s * 1000
+        limit_s = self._lease_s / 4
+        advice = f"raise RTS_LEASE_MS={lease_ms:.0f} or lower RTS_MAX_BATCH_SIZE={batch}"
+        took, busy = self._measured(self._longest_works(0, 1), limit_s)
+        # Where others keep the processor, it is not this engine that is too slow.
+        if busy > self._lease_s / 2:
+            raise EngineError(
+                f"one token for each sequence of a full batch takes {busy * 1000:.0f} ms, "
+                f"more than half of the lease: {advice}"
+            )
+        most = self._scheduler.budget - batch
+        piece = min(_LEAST_PIECE, most)
+        if took <= limit_s:
+            took, _ = self._measured(self._longest_works(piece), limit_s)
+        while piece < most and took <= limit_s:
+            self._progress("warming up", 0.5 * piece / most)
+            wider = min(4 * piece, most)
+            longer, _ = self._measured(self._longest_works(wider), limit_s)
+            if longer > limit_s:
+                piece += int((limit_s - took) / (longer - took) * (wider - piece))
+                break
+            piece, took = wider, longer
+        self._scheduler.budget = batch + piece
+        log.info("step", extra={"rows": batch + piece, "longest_ms": round(took * 1000)})
+        if took > self._lease_s / 2:
+            log.warning(
+                f"a step was measured to take up to {took * 1000:.0f} ms, more than half of the "
+                f"lease; unless the machine was only busy just now, {advice}"
+            )
+
+    def _longest_works(self, piece: int, most_blocks: int = 0) -> list[Work]:
+        """A full batch that generates, and `piece` rows of a prompt more, over a full cache.
+
+        Args:
+            piece: rows beyond one a sequence.
+            most_blocks: that a sequence holds; 0 for what the cache holds.
+        """
+        batch, pool = self.info.max_batch_size, self._scheduler.pool.count
+        whole = most_blocks or blocks_for(self.info.context_length)
+        each = min(whole, max(1, (pool - whole) // max(1, batch - 1)))
+        # Not taken from the pool: nothing of value is in the cache yet.
+        request = EngineRequest("", [0], SamplingParams(2, top_p=0.9))
+        works = []
+        for i in range(batch):
+            last = i == batch - 1
+            tokens = min((whole if last else each) * BLOCK_SIZE, self.info.context_length)
+            blocks = [(i * each + j) % pool for j in range(blocks_for(tokens))]
+            count = min(piece + 1, tokens) if last else 1
+            works.append(Work(Sequence(request, i, [0] * tokens, 0, blocks), tokens - count, count))
+        return works
+
+    def _measured(self, works: list[Work], limit_s: float) -> tuple[float, float]:
+        """Seconds of a step, and those of them that it was computing.
+
+        The better of two when the first is above the limit, for it may have been the first ever.
+        """
+        walls: list[float] = []
+        busy: list[float] = []
+        while len(walls) < 2 and min(walls, default=self._lease_s) > limit_s:
+            began, before = time.perf_counter(), time.process_time()
+            self._run(works)
+            walls.append(time.perf_counter() - began)
+            threads = torch.get_num_threads() if self.info.device == "cpu" else 0
+            busy.append((time.process_time() - before) / threads if threads else walls[-1])
+            if walls[0] > self._lease_s:
+                break
+        return min(walls), min(*busy, *walls)
+
+    def _rehearse_all(self) -> None:
+        """Runs a prompt of a full step, then every batch size by powers of two."""
         length = min(self._scheduler.budget, self.info.context_length - 4)
         self._rehearse(1, [0] * length)
         size = 2
         while size <= self.info.max_batch_size:
-            self._progress("warming up", size / (2 * self.info.max_batch_size))
+            self._progress("warming up", 0.5 + size / (4 * self.info.max_batch_size))
             self._rehearse(size, [0])
             size *= 2
-        self._progress("warming up", 1.0)
-        self._stats = EngineStats()
-        self._scheduler.preemptions = 0
 
     def room(self) -> int:
         """How many more sequences would start soon, by places of the batch and by blocks."""
@@ -264,22 +388,43 @@ def _batch(works: list[Work]) -> Batch:
     )
 
 
-def _cache_size(blocks: int, megabytes: int, most: int, context: int) -> Callable[[int], int]:
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _cache_size(
+    megabytes: int, most: int, context: int, device: torch.device
+) -> Callable[[int], int]:
     """How many blocks the cache gets, from the bytes of one.
 
     Args:
-        blocks: if it is set.
         megabytes: if it is set.
         most: blocks of a full batch of full contexts, more are of no use.
         context: blocks of one context.
+        device: where it will be.
     """
 
     def size(block_bytes: int) -> int:
-        if blocks:
-            return blocks
-        if megabytes:
-            return min(most, (megabytes << 20) // block_bytes)
-        # Enough for one whole context in any case; memory is only taken once it is written.
-        return min(most, max(context, _AUTO_CACHE_BYTES // block_bytes))
+        """Raises EngineError if it would be too small to serve from."""
+        on_cpu = device.type == "cpu"
+        free = free_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0]
+        why = f"RTS_KV_CACHE_MB={megabytes}"
+        count = (megabytes << 20) // block_bytes
+        if not megabytes:
+            share = _AUTO_CACHE_SHARE[device.type]
+            why = f"{share:.0%} of the {free >> 20} MiB of free memory"
+            count = int(free * share) // block_bytes
+            if on_cpu:
+                count = min(count, max(context, _AUTO_CACHE_BYTES // block_bytes))
+        if count < LEAST_BLOCKS:
+            least, whole = (-(-n * block_bytes // (1 << 20)) for n in (LEAST_BLOCKS, context))
+            raise EngineError(
+                f"{why} is too small for this model's KV cache: RTS_KV_CACHE_MB must be at "
+                f"least {least}, and {whole} for its whole context"
+            )
+        count = min(most, count)
+        if count * block_bytes > free:
+            log.warning(f"{why} is more than the {free >> 20} MiB of free memory")
+        return count
 
     return size
