@@ -210,7 +210,9 @@ def test_a_model_that_does_not_run_is_refused_with_a_sentence(
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(model), "forward", forward)
-    with pytest.raises(ModelLoadError, match="llama models are not supported: index out of range$"):
+    with pytest.raises(
+        ModelLoadError, match=r"llama models are not supported: index out of range$"
+    ):
         engine_of(model)
 
 
@@ -292,7 +294,7 @@ class Timed:
     def perf_counter(self) -> float:
         return self.rows * self._row_s
 
-    def process_time(self) -> float:
+    def thread_time(self) -> float:
         return self.perf_counter() * self._share
 
     def step(self, batch: Any) -> Any:
@@ -349,6 +351,7 @@ def test_an_engine_on_a_busy_machine_is_not_refused(
     engine = timed(monkeypatch, 0.06, 400, share=0.2)
     engine.warm_up()
     assert engine._scheduler.budget == 20
+    assert "machine is busy" in caplog.text
     assert "RTS_LEASE_MS=400" in caplog.text
 
 

@@ -39,31 +39,32 @@ class Layer:
     softcap: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The rows of one step in one layer.
+
+    Attributes:
+        index: of the layer.
+        layer: what it asks for.
+        q: [heads, rows, key_dim].
+        k: [kv_heads, rows, key_dim].
+        v: [kv_heads, rows, value_dim].
+        scale: of the scores.
+    """
+
+    index: int
+    layer: Layer
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+
+
 class Attention(Protocol):
     """What `paged_attention` hands a layer's queries, keys and values to."""
 
-    def attend(
-        self,
-        index: int,
-        layer: Layer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Attention of one layer.
-
-        Args:
-            index: of the layer.
-            layer: what it asks for.
-            q: [heads, rows, key_dim].
-            k: [kv_heads, rows, key_dim].
-            v: [kv_heads, rows, value_dim].
-            scale: of the scores.
-
-        Returns:
-            [rows, heads, value_dim]
-        """
+    def attend(self, call: Call) -> torch.Tensor:
+        """The result, [rows, heads, value_dim]."""
 
 
 def paged_attention(
@@ -93,7 +94,8 @@ def paged_attention(
         key.shape[1], key.shape[3], value.shape[3], sliding_window or 0, float(softcap or 0.0)
     )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return paged.attend(index, layer, query[0], key[0], value[0], scale).unsqueeze(0), None
+    call = Call(index, layer, query[0], key[0], value[0], scale)
+    return paged.attend(call).unsqueeze(0), None
 
 
 class LayerRecorder:
@@ -103,20 +105,12 @@ class LayerRecorder:
         """Knows no layer yet."""
         self.layers: dict[int, Layer] = {}
 
-    def attend(
-        self,
-        index: int,
-        layer: Layer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def attend(self, call: Call) -> torch.Tensor:
         """Notes the layer and attends to nothing."""
-        if index in self.layers:
+        if call.index in self.layers:
             raise NotImplementedError("two of its attentions have the same index")
-        self.layers[index] = layer
-        return q.new_zeros(q.shape[1], q.shape[0], layer.value_dim)
+        self.layers[call.index] = call.layer
+        return call.q.new_zeros(call.q.shape[1], call.q.shape[0], call.layer.value_dim)
 
 
 class PagedCache:
@@ -214,22 +208,15 @@ class PagedAttention:
                 length = blocks_for(length) * BLOCK_SIZE
             self._groups.append(Group(rows, blocks, positions.to(device), length))
 
-    def attend(
-        self,
-        index: int,
-        layer: Layer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def attend(self, call: Call) -> torch.Tensor:
         """Writes the rows' keys and values, and attends over all their sequences have so far."""
-        self._cache.write(index, self._slots, k, v)
+        q, layer = call.q, call.layer
+        self._cache.write(call.index, self._slots, call.k, call.v)
         heads, kv_heads = q.shape[0], layer.kv_heads
         out = q.new_empty(self._rows, heads, layer.value_dim)
         for group in self._groups:
             count, each = group.positions.shape
-            keys, values = self._cache.gather(index, group.blocks)
+            keys, values = self._cache.gather(call.index, group.blocks)
             keys = keys.view(count, -1, kv_heads, layer.key_dim)[:, : group.length].transpose(1, 2)
             values = values.view(count, -1, kv_heads, layer.value_dim)[:, : group.length]
             values = values.transpose(1, 2)
@@ -240,10 +227,10 @@ class PagedAttention:
             else:
                 query = q[:, group.rows].unsqueeze(0)
             if layer.softcap:
-                result = _capped(query, keys, values, mask, scale, layer.softcap)
+                result = _capped(query, keys, values, mask, call.scale, layer.softcap)
             else:
                 result = scaled_dot_product_attention(
-                    query, keys, values, attn_mask=mask, scale=scale, enable_gqa=each > 1
+                    query, keys, values, attn_mask=mask, scale=call.scale, enable_gqa=each > 1
                 )
             if each == 1:
                 out[group.rows] = result.reshape(count, heads, layer.value_dim)
