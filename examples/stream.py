@@ -31,6 +31,7 @@ def stream(question: str) -> Iterator[str]:
     body = {
         "model": first_model(),
         "stream": True,
+        "temperature": 0.2,
         "messages": [{"role": "user", "content": question}],
     }
     request = urllib.request.Request(f"{URL}/v1/chat/completions", json.dumps(body).encode())

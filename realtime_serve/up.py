@@ -339,7 +339,10 @@ def _what_to_try(settings: Settings) -> str:
     url = probe.base_url(settings.host, settings.port)
     names = [model.name for model in settings.models()]
     question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": names[0], "stream": True, "messages": [question]})
+    # The demo model is small: at the default temperature it wanders.
+    body = json.dumps(
+        {"model": names[0], "stream": True, "temperature": 0.2, "messages": [question]}
+    )
     waits = "" if settings.workers else " (once a worker is there: RTS_WORKERS is 0)"
     return (
         f"\n  {url}  serves {', '.join(names)}{waits}\n\n"
