@@ -162,14 +162,18 @@ async def test_a_killed_connection_comes_back_and_refills(hub: Hub, store: Store
     await clean(store)
 
 
-async def test_a_lost_last_message_is_noticed(
-    hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+async def watchful(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Compares silent streams with their logs twenty times a second."""
     monkeypatch.setattr(gateway.hub, "CHECK_S", 0.05)
     await hub.close()
     await hub.start()
     await until(lambda: hub.healthy)
-    reader = await hub.subscribe(RID)
+    return hub
+
+
+async def test_a_lost_last_message_is_noticed(watchful: Hub, store: Store) -> None:
+    reader = await watchful.subscribe(RID)
     await write(store, 1)
     await write(store, 2, live=False)
     await end(store, 2, live=False)
@@ -177,14 +181,8 @@ async def test_a_lost_last_message_is_noticed(
     await clean(store)
 
 
-async def test_a_request_that_vanished_ends_with_an_error(
-    hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gateway.hub, "CHECK_S", 0.05)
-    await hub.close()
-    await hub.start()
-    await until(lambda: hub.healthy)
-    reader = await hub.subscribe(RID)
+async def test_a_request_that_vanished_ends_with_an_error(watchful: Hub, store: Store) -> None:
+    reader = await watchful.subscribe(RID)
     await write(store, 1)
     assert (await reader.next()).seq == 1
     await store.client.flushall()

@@ -88,7 +88,10 @@ async def opened(store: Store) -> Store:
 
 async def submit(store: Store, rid: str, tokens: int = 5, **options: Any) -> None:
     sampling = Sampling(tokens, seed=options.pop("seed", 7), stop=options.pop("stop", []))
-    request = Request(1, rid, "echo", "1", "someone", [1, 2, 3], sampling)
+    await enqueue(store, Request(1, rid, "echo", "1", "someone", [1, 2, 3], sampling), **options)
+
+
+async def enqueue(store: Store, request: Request, **options: Any) -> None:
     answer = await store.enqueue(
         request,
         cls=options.pop("cls", "normal"),
@@ -234,17 +237,7 @@ async def test_an_unreadable_body_is_refused_with_one_end(opened: Store) -> None
         await submit(opened, "newer", tokens=4)
         await result(opened, "newer")
     request = Request(2, "v2", "echo", "1", "someone", [1], Sampling(3))
-    await opened.enqueue(
-        request,
-        cls="normal",
-        timeout_ms=5000,
-        grace_ms=1000,
-        keep_ms=5000,
-        attempt="",
-        queue_limit=10,
-        queue_bytes=10**6,
-        resumable=False,
-    )
+    await enqueue(opened, request)
     async with worker(opened):
         _, _, end = await result(opened, "v2")
     assert end.reason == "error"
@@ -253,17 +246,7 @@ async def test_an_unreadable_body_is_refused_with_one_end(opened: Store) -> None
 
 async def test_what_the_engine_refuses_ends_with_its_reason(opened: Store) -> None:
     request = Request(1, "bad", "echo", "1", "someone", [999_999], Sampling(3))
-    await opened.enqueue(
-        request,
-        cls="normal",
-        timeout_ms=5000,
-        grace_ms=1000,
-        keep_ms=5000,
-        attempt="",
-        queue_limit=10,
-        queue_bytes=10**6,
-        resumable=False,
-    )
+    await enqueue(opened, request)
     async with worker(opened):
         _, _, end = await result(opened, "bad")
         assert end.reason == "error"
