@@ -11,12 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from realtime_serve.lifeline import Lifeline
-from realtime_serve.redis_server import RedisServer, find_binary
+from realtime_serve.redis_server import RedisServer, ServerBinary, find_binary
 
 ROOT = Path(__file__).parents[1]
 READY_S = 60.0
@@ -31,11 +32,14 @@ def free_port() -> int:
 class Process:
     """One process of the cluster and its log file."""
 
-    def __init__(self, role: str, index: int, log: Path, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, role: str, index: int, log: Path, popen: subprocess.Popen[bytes], port: int = 0
+    ) -> None:
         self.role = role
         self.index = index
         self.log = log
         self.popen = popen
+        self.port = port
 
     @property
     def pid(self) -> int:
@@ -59,11 +63,22 @@ class Cluster:
 
     Args:
         folder: for logs and data.
+        binary: the server's program; the default is what `up` would start.
+        tcp: the server listens on a port of loopback instead of a socket file.
         settings: RTS_* without the prefix, for all processes.
     """
 
-    def __init__(self, folder: Path, **settings: str | int | float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        binary: ServerBinary | None = None,
+        tcp: bool = False,
+        **settings: str | int | float,
+    ) -> None:
         self.folder = folder
+        self._binary = binary
+        self._tcp = tcp
         self.settings = {"engine": "echo", "echo_step_ms": 2, "log_format": "json", **settings}
         self.processes: list[Process] = []
         self._lifeline = Lifeline()
@@ -71,8 +86,8 @@ class Cluster:
         self.ports: list[int] = []
 
     def __enter__(self) -> Cluster:
-        binary, _ = find_binary()
-        self.redis = RedisServer.start(binary, self.folder / "redis")
+        binary = self._binary or find_binary()[0]
+        self.redis = RedisServer.start(binary, self.folder / "redis", tcp=self._tcp)
         return self
 
     def __exit__(
@@ -96,29 +111,44 @@ class Cluster:
         """The first gateway."""
         return f"http://127.0.0.1:{self.ports[0]}"
 
-    def start(self, role: str, **settings: str | int | float) -> Process:
-        """Starts one process; a gateway gets a port of its own."""
+    def start(
+        self,
+        role: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = ("-m", "realtime_serve.cli"),
+        **settings: str | int | float,
+    ) -> Process:
+        """Starts one process; a gateway gets a port of its own.
+
+        Args:
+            role: gateway, worker or control.
+            env: further environment variables.
+            launcher: what Python runs; the role and its index follow.
+            settings: RTS_* without the prefix, for this process.
+        """
         index = sum(process.role == role for process in self.processes)
         if role == "gateway":
             settings = {"port": free_port(), **settings}
             if settings["port"] not in self.ports:
                 self.ports.append(int(settings["port"]))
         values = {**self.settings, "redis_url": self.redis.url, **settings}
-        env = {key: value for key, value in os.environ.items() if not key.startswith("RTS_")}
-        env |= {f"RTS_{key.upper()}": str(value) for key, value in values.items()}
-        env["PYTHONPATH"] = str(ROOT)
+        base = {key: value for key, value in os.environ.items() if not key.startswith("RTS_")}
+        base |= {f"RTS_{key.upper()}": str(value) for key, value in values.items()}
+        base["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        base |= env or {}
         log = self.folder / f"{role}-{index}.log"
-        command = [sys.executable, "-m", "realtime_serve.cli", role, "--index", str(index)]
+        command = [sys.executable, *launcher, role, "--index", str(index)]
         with log.open("wb") as out:
             popen = subprocess.Popen(
                 self._lifeline.command(command),
                 pass_fds=self._lifeline.fds,
                 cwd=ROOT,
-                env=env,
+                env=base,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-        process = Process(role, index, log, popen)
+        process = Process(role, index, log, popen, int(settings.get("port", 0)))
         self.processes.append(process)
         return process
 

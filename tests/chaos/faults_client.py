@@ -1,0 +1,154 @@
+"""What clients do: leave, dawdle, cancel, overload."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import aiohttp
+
+from chaos.load import ALL, Stream
+from chaos.play import Scenario, Stage
+from shared import keys
+
+
+async def leave(stage: Stage) -> None:
+    """Clients that vanish and cancel among others that stay."""
+    async with stage.load.running():
+        for _ in range(stage.rounds):
+            await stage.load.under_way()
+            stage.world.mark()
+            await asyncio.sleep(1.0)
+
+
+async def dawdle(stage: Stage) -> None:
+    """Slow clients delay nobody and get everything."""
+    async with stage.load.running():
+        for _ in range(stage.rounds):
+            await stage.load.under_way(10)
+            stage.world.mark()
+            await asyncio.sleep(1.0)
+
+
+async def storm(stage: Stage) -> None:
+    """A thousand cancels at once: they hit whom they name, and nobody else's can be named."""
+    world, load, rng = stage.world, stage.load, stage.rng
+    for number in range(stage.rounds):
+        doomed = [load.make(f"doomed{number}-{i % 10}", "vanish") for i in range(1000)]
+        for stream in doomed:
+            stream.pause_at = 0
+        spared = [load.make(f"spared{number}-{i % 4}", "plain") for i in range(40)]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load.play(spared))
+            posted = tasks.create_task(_post_all(world.urls(), doomed))
+            done, _ = await asyncio.wait([posted])
+            for task in done:
+                task.result()
+            world.mark()
+            statuses = await _cancel_all(world.urls(), doomed, spared)
+            if statuses["foreign"] != {404}:
+                stage.ledger.wrong.append(f"a foreign caller's cancel: {statuses['foreign']}")
+            if statuses["own"] - {200}:
+                stage.ledger.wrong.append(f"an own cancel: {statuses['own']}")
+        for stream in doomed:
+            stream.reason = "left"
+        reasons = {
+            f[b"rid"].decode(): f[b"reason"].decode() for _, f in world.client.xrange(keys.ENDED)
+        }
+        for stream in doomed:
+            if reasons.get(stream.rid) not in ("cancelled", "length"):
+                stream.wrong.append(f"cancelled, and ended as {reasons.get(stream.rid)}")
+        rng.shuffle(doomed)
+
+
+async def _post_all(urls: list[str], streams: list[Stream]) -> None:
+    """Posts streams that outlive their connections, and hangs up at once."""
+    gate = asyncio.Semaphore(100)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def post(stream: Stream) -> None:
+            async with (
+                gate,
+                session.post(
+                    f"{urls[0]}/infer_stream",
+                    json={
+                        "model": "echo",
+                        "prompt": "x",
+                        "max_tokens": stream.max_tokens,
+                        "seed": stream.seed,
+                        "client_id": stream.caller,
+                    },
+                    headers={"X-Resumable": "60"},
+                ) as reply,
+            ):
+                if reply.status != 200:
+                    stream.wrong.append(f"not accepted: {reply.status} {await reply.text()}")
+                    return
+                stream.rid = reply.headers["X-Request-Id"]
+                reply.close()
+
+        await asyncio.gather(*map(post, streams))
+
+
+async def _cancel_all(
+    urls: list[str], own: list[Stream], foreign: list[Stream]
+) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {"own": set(), "foreign": set()}
+    gate = asyncio.Semaphore(200)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def cancel(kind: str, rid: str, caller: str) -> None:
+            async with (
+                gate,
+                session.delete(f"{urls[0]}/requests/{rid}", headers={"X-Client-Id": caller}) as r,
+            ):
+                found[kind].add(r.status)
+
+        await asyncio.gather(
+            *(cancel("own", s.rid, s.caller) for s in own if s.rid),
+            *(cancel("foreign", s.rid, own[0].caller) for s in foreign if s.rid),
+        )
+    return found
+
+
+async def overload(stage: Stage) -> None:
+    """Twice what the queue and the workers hold: refused at once or served whole."""
+    world, load = stage.world, stage.load
+    for number in range(stage.rounds):
+        streams = [load.make(f"crowd{number}-{i}", "refusable") for i in range(260)]
+        world.mark()
+        began = time.monotonic()
+        await load.play(streams)
+        refused = [s for s in streams if s.refused_s]
+        for stream in refused:
+            load.streams.remove(stream)
+            if stream.refused_s[0] > 1.5:
+                stage.ledger.wrong.append(f"refused after {stream.refused_s[0]:.2f} s")
+        if not refused:
+            stage.ledger.wrong.append("twice the capacity, and nothing was refused")
+        print(f"  {len(refused)} refused in {time.monotonic() - began:.1f} s")
+
+
+SCENARIOS = (
+    Scenario(
+        "clients vanish and cancel",
+        leave,
+        fast=True,
+        kinds=ALL,
+        settings={"drain_grace_s": 1},
+    ),
+    Scenario("slow clients", dawdle, kinds=("slow", "keyed", "plain", "chat"), budgets=False),
+    Scenario(
+        "1,000 cancels at once",
+        storm,
+        budgets=False,
+        settings={"tokens_per_minute": 0, "queue_limit": 2000},
+    ),
+    Scenario(
+        "overload, twice the capacity",
+        overload,
+        breaks=True,
+        settings={"queue_limit": 20, "max_batch_size": 16, "tokens_per_minute": 0},
+        budgets=False,
+    ),
+)

@@ -1,0 +1,185 @@
+"""What happens to Redis: killed, paused, full, read-only, emptied, failed over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import aiohttp
+
+from chaos.load import Stream
+from chaos.play import Scenario, Stage
+
+MOST_REFUSAL_S = 1.0
+
+
+async def _probe_refusal(stage: Stage) -> None:
+    """A new request while Redis is away: 503 with Retry-After within a second."""
+    world = stage.world
+    async with aiohttp.ClientSession() as session:
+        began = time.monotonic()
+        try:
+            async with session.post(
+                f"{world.urls()[0]}/infer",
+                json={"model": "echo", "prompt": "x", "client_id": "probe", "max_tokens": 5},
+                timeout=aiohttp.ClientTimeout(total=5),
+            ) as reply:
+                took_s = time.monotonic() - began
+                if reply.status != 503 or "Retry-After" not in reply.headers:
+                    stage.ledger.wrong.append(f"Redis away: {reply.status} {await reply.text()}")
+        except TimeoutError:
+            took_s = time.monotonic() - began
+        # The harness keeps this machine's two cores busy: a little more than promised is allowed.
+        if took_s > MOST_REFUSAL_S + 0.3:
+            stage.ledger.wrong.append(f"Redis away: answered after {took_s:.2f} s")
+
+
+async def kill(stage: Stage) -> None:
+    """kill -9, back after a moment with its append-only file."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            world.redis.kill()
+            await asyncio.sleep(0.3)
+            await _probe_refusal(stage)
+            await asyncio.to_thread(world.redis.restart)
+            world.mark()
+            await world.ready(2)
+            await asyncio.sleep(3.2)
+
+
+async def pause(stage: Stage) -> None:
+    """SIGSTOP for a while: nothing answers, nothing closes."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            world.pause_server()
+            await asyncio.sleep(0.3)
+            await _probe_refusal(stage)
+            await asyncio.sleep(stage.rng.random() * 2)
+            world.resume_server()
+            world.mark()
+            await world.ready(2)
+            await asyncio.sleep(1.0)
+
+
+async def full(stage: Stage) -> None:
+    """maxmemory reached."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            world.client.config_set("maxmemory", 1)
+            await asyncio.sleep(0.5)
+            await _probe_refusal(stage)
+            await asyncio.sleep(0.5)
+            world.client.config_set("maxmemory", 0)
+            world.mark()
+            await world.ready(2)
+            await asyncio.sleep(0.5)
+
+
+async def read_only(stage: Stage) -> None:
+    """Too few replicas for the server to take writes."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            world.client.config_set("min-replicas-to-write", 1)
+            await asyncio.sleep(0.5)
+            await _probe_refusal(stage)
+            await asyncio.sleep(0.5)
+            world.client.config_set("min-replicas-to-write", 0)
+            world.mark()
+            await world.ready(2)
+            await asyncio.sleep(0.5)
+
+
+async def disk_full(stage: Stage) -> None:
+    """The append-only file's disk is full: writes are refused until there is room."""
+    world, load = stage.world, stage.load
+    ballast = world.disk / "ballast"
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as out:
+                while True:
+                    out.write(bytes(4096))
+            async with asyncio.timeout(10):
+                while world.client.info("persistence")["aof_last_write_status"] == "ok":
+                    await asyncio.sleep(0.05)
+            await _probe_refusal(stage)
+            ballast.unlink()
+            async with asyncio.timeout(10):
+                while world.client.info("persistence")["aof_last_write_status"] != "ok":
+                    await asyncio.sleep(0.01)
+            world.mark()
+            await world.ready(2)
+            await asyncio.sleep(1.0)
+
+
+async def scripts_flushed(stage: Stage) -> None:
+    """SCRIPT FLUSH: whoever runs a script sends it again."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            world.mark()
+            world.client.script_flush()
+            await asyncio.sleep(0.5)
+
+
+async def flushed(stage: Stage) -> None:
+    """FLUSHALL: all that ran is told so at once, and the cluster serves again by itself."""
+    world, load = stage.world, stage.load
+    for number in range(stage.rounds):
+        victims = [load.make(f"victim{number}", "plain") for _ in range(30)]
+        playing = asyncio.create_task(load.play(victims))
+        await load.under_way(10)
+        world.mark()
+        world.client.flushall()
+        async with asyncio.timeout(4):
+            await playing
+        for stream in victims:
+            load.streams.remove(stream)
+            if stream.complete or stream.wrong:
+                stage.ledger.wrong.append(f"after FLUSHALL {stream.reason} {stream.wrong[:2]}")
+            elif not stream.broken.startswith("{"):
+                stage.ledger.wrong.append(f"no error was said: {stream.broken}")
+        await world.ready(2)
+        again: list[Stream] = [load.make(f"again{number}", "keyed") for _ in range(20)]
+        await load.play(again)
+
+
+async def kill_clients(stage: Stage) -> None:
+    """CLIENT KILL of every connection, by kind."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for i in range(stage.rounds):
+            await load.under_way()
+            world.mark()
+            world.client.client_kill_filter(_type=("pubsub", "normal")[i % 2], skipme=True)
+            await asyncio.sleep(0.7)
+
+
+SCENARIOS = (
+    Scenario("Redis kill -9, restarted", kill, fast=True, clip=True),
+    Scenario("Redis paused", pause, clip=True),
+    Scenario("Redis memory full", full, clip=True),
+    Scenario("Redis read-only", read_only, clip=True),
+    Scenario("Redis append-only file, disk full", disk_full, clip=True, root=True, disk_mb=24),
+    Scenario("SCRIPT FLUSH", scripts_flushed),
+    Scenario(
+        "FLUSHALL",
+        flushed,
+        fast=True,
+        breaks=True,
+        tokens=(250, 300),
+        budgets=False,
+        settings={"tokens_per_minute": 0},
+    ),
+    Scenario("CLIENT KILL of all connections", kill_clients, fast=True),
+)

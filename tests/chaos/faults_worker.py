@@ -1,0 +1,165 @@
+"""What happens to workers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from chaos.engine import MOMENTS, POISON
+from chaos.play import Scenario, Stage
+
+
+async def _settle(stage: Stage, longest_s: float = 0.4) -> None:
+    await asyncio.sleep(stage.rng.random() * longest_s)
+
+
+async def kill(stage: Stage) -> None:
+    """SIGKILL in the middle of everything."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            await _settle(stage)
+            victim = stage.rng.choice(world.of("worker"))
+            world.mark()
+            victim.kill()
+            await asyncio.sleep(1.0)
+            world.again(victim)
+            await world.ready(2)
+
+
+def kill_at(moment: str) -> Scenario:
+    """SIGKILL by the engine's own hand at a precise moment."""
+
+    async def act(stage: Stage) -> None:
+        world, load = stage.world, stage.load
+        async with load.running():
+            for _ in range(stage.rounds):
+                await load.under_way()
+                world.order(moment)
+                ended = []
+                while not ended:
+                    await asyncio.sleep(0.002)
+                    ended = world.workers_ended()
+                world.mark()
+                await asyncio.sleep(1.0)
+                world.again(ended[0])
+                await world.ready(2)
+
+    return Scenario(f"worker SIGKILL, {moment}", act, stalls="moved", fast=moment == "emit")
+
+
+async def zombie(stage: Stage) -> None:
+    """SIGSTOP until another worker has its streams, then it wakes and goes on writing."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            victim = stage.rng.choice(world.of("worker"))
+            world.mark()
+            victim.signal(signal.SIGSTOP)
+            await asyncio.sleep(1.6 + stage.rng.random() * 2)
+            victim.signal(signal.SIGCONT)
+            await asyncio.sleep(0.5)
+
+
+async def hang(stage: Stage) -> None:
+    """The engine hangs while the event loop and the heartbeat live; later it comes back."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            world.mark()
+            world.order("hang")
+            hanging = await world.hanging()
+            await asyncio.sleep(2.0 + stage.rng.random() * 2)
+            hanging.unlink()
+            await asyncio.sleep(0.5)
+
+
+async def drain(stage: Stage) -> None:
+    """SIGTERM with no time for what runs: all is handed over."""
+    world, load = stage.world, stage.load
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            await _settle(stage)
+            victim = stage.rng.choice(world.of("worker"))
+            world.mark()
+            victim.signal(signal.SIGTERM)
+            world.again(victim)
+            await asyncio.to_thread(victim.popen.wait, 20)
+            await world.ready(2)
+
+
+async def poison(stage: Stage) -> None:
+    """A request that kills whoever computes it, among innocents."""
+    world, load = stage.world, stage.load
+    guilty = []
+    stop = asyncio.Event()
+
+    async def keep_alive() -> None:
+        while not stop.is_set():
+            for ended in world.workers_ended():
+                world.mark()
+                world.again(ended)
+            await asyncio.sleep(0.1)
+
+    keeper = asyncio.create_task(keep_alive())
+    async with load.running():
+        for i in range(stage.rounds):
+            await load.under_way()
+            one = load.make(f"guilty{i}", "refusable", prompt=POISON)
+            load.streams.remove(one)
+            guilty.append(one)
+            await load.one(one)
+    stop.set()
+    await keeper
+    letters = world.client.xlen("rts:dead")
+    if letters != stage.rounds:
+        stage.ledger.wrong.append(f"{letters} dead letters for {stage.rounds} poisonous requests")
+    for one in guilty:
+        if "engine_failed" not in one.broken:
+            stage.ledger.wrong.append(f"the poison was told {one.broken or one.reason!r}")
+        stage.load.streams.append(one)
+        one.wrong.clear()
+
+
+async def clock(stage: Stage) -> None:
+    """One worker's clock jumps by hours, forth and back."""
+    world, load = stage.world, stage.load
+    file = world.folder / "clock"
+    file.write_text("+0")
+    env = {
+        "LD_PRELOAD": FAKETIME,
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    world.start("worker", env=env)
+    await world.ready(3)
+    async with load.running():
+        for i in range(stage.rounds):
+            await load.under_way()
+            world.mark()
+            file.write_text("-5h" if i % 2 else "+7h")
+            await asyncio.sleep(1.5)
+
+
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+
+SCENARIOS = (
+    Scenario("worker SIGKILL", kill, fast=True, stalls="moved"),
+    *(kill_at(moment) for moment in MOMENTS),
+    Scenario("worker SIGSTOP, wakes later (zombie)", zombie, fast=True, stalls="moved"),
+    Scenario("engine hangs, event loop lives", hang, stalls="moved"),
+    Scenario(
+        "worker SIGTERM (drain)",
+        drain,
+        fast=True,
+        stalls="moved",
+        settings={"drain_grace_s": 0},
+    ),
+    Scenario("poison among innocents", poison, fast=True, workers=2, breaks=True, stalls="moved"),
+    Scenario("clock of a worker jumps", clock, programs=(FAKETIME,)),
+)

