@@ -1,6 +1,6 @@
 # `make` lists the targets. Settings are environment variables: RTS_PORT=8100 make up
 .DEFAULT_GOAL := help
-.PHONY: up test test-fast check fmt bench help env env-dev
+.PHONY: up test test-fast check fmt bench chaos help env env-dev
 
 ifeq ($(OS),Windows_NT)
 $(error Linux or macOS is needed; on Windows use WSL2)
@@ -8,6 +8,7 @@ endif
 
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
@@ -33,6 +34,9 @@ fmt: env-dev ## format the code, fix what can be fixed
 bench: env-dev ## measure the engine alone and the whole cluster over HTTP
 	@$(PYTHON) -m realtime_serve.demo_model
 	@$(PYTHON) -m benchmarks.run
+
+chaos: env-dev ## make every fault happen and check every token (half an hour)
+	@PYTHONPATH=tests $(PYTHON) -m chaos.run $(CHAOS_ARGS)
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20

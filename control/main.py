@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -54,8 +53,8 @@ async def _run(settings: Settings) -> int:
             if not running.done():
                 running.cancel()
             outcome = (await asyncio.gather(running, return_exceptions=True))[0]
-            with suppress(RedisError):
-                await worker.close()
+            # Its jobs may have been cut off: their CancelledError is not this process's.
+            await asyncio.gather(worker.close(), return_exceptions=True)
             # arq leaves it open when Redis is away.
             await queue.aclose(close_connection_pool=True)
             if not stop.is_set():

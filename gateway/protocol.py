@@ -48,7 +48,9 @@ class Protocol(web.RequestHandler):
             kind = type(exc).__name__
             response = self._refusal(http_problem(status, f"This is not valid HTTP: {kind}"), kind)
         else:
-            log.error("a request failed", exc_info=exc)
+            # A client that left while it was written to is in the access log, and no defect.
+            if not isinstance(exc, ConnectionError):
+                log.error("a request failed", exc_info=exc)
             response = problem_response(describe(RuntimeError()))
         if request.writer.output_size > 0:
             raise ConnectionError("a response had begun")

@@ -30,8 +30,9 @@ from worker.text import Vocabulary
 
 log = logging.getLogger(__name__)
 
-REDIS_TIMEOUT_S = 5.0
-"""A worker has time: it waits for Redis rather than give a step up."""
+REDIS_TIMEOUT_S = 1.5
+"""A connection on which nothing was answered for so long is dropped, and what was sent is sent
+again: a half-open one would hold up every stream of the engine."""
 
 
 def main(settings: Settings) -> int:
@@ -130,7 +131,7 @@ class Worker:
         intake = self._intake(driver, heard)
         async with asyncio.TaskGroup() as tasks:
             background = [
-                tasks.create_task(listen(self._settings.redis_url, self._id, heard)),
+                tasks.create_task(listen(self._store, self._settings.redis_url, self._id, heard)),
                 tasks.create_task(self._outbox.run()),
                 tasks.create_task(beat(self._store, self._model, self.card)),
             ]

@@ -43,7 +43,7 @@ async def drain(stage: Stage) -> None:
 
 
 async def roll(stage: Stage) -> None:
-    """A rolling restart of everything under load: an upgrade breaks nothing, not even plain streams."""
+    """A rolling restart of everything under load breaks nothing, not even plain streams."""
     world, load = stage.world, stage.load
     async with load.running():
         for _ in range(stage.rounds):

@@ -36,7 +36,7 @@ async def _probe_refusal(stage: Stage) -> None:
 
 
 async def kill(stage: Stage) -> None:
-    """kill -9, back after a moment with its append-only file."""
+    """Killed, back after a moment with its append-only file."""
     world, load = stage.world, stage.load
     async with load.running():
         for _ in range(stage.rounds):
@@ -67,7 +67,7 @@ async def pause(stage: Stage) -> None:
 
 
 async def full(stage: Stage) -> None:
-    """maxmemory reached."""
+    """The memory is full."""
     world, load = stage.world, stage.load
     async with load.running():
         for _ in range(stage.rounds):
@@ -152,6 +152,10 @@ async def flushed(stage: Stage) -> None:
         await world.ready(2)
         again: list[Stream] = [load.make(f"again{number}", "keyed") for _ in range(20)]
         await load.play(again)
+        # The next round takes the facts away.
+        await stage.ledger.close_accounts(load.streams)
+        for stream in again:
+            stream.closed = True
 
 
 async def kill_clients(stage: Stage) -> None:

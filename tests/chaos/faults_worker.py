@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
 from chaos.engine import MOMENTS, POISON
 from chaos.play import Scenario, Stage
@@ -58,7 +59,7 @@ async def zombie(stage: Stage) -> None:
             victim = stage.rng.choice(world.of("worker"))
             world.mark()
             victim.signal(signal.SIGSTOP)
-            await asyncio.sleep(1.6 + stage.rng.random() * 2)
+            await asyncio.sleep(1.6 + stage.rng.random())
             victim.signal(signal.SIGCONT)
             await asyncio.sleep(0.5)
 
@@ -72,7 +73,7 @@ async def hang(stage: Stage) -> None:
             world.mark()
             world.order("hang")
             hanging = await world.hanging()
-            await asyncio.sleep(2.0 + stage.rng.random() * 2)
+            await asyncio.sleep(1.6 + stage.rng.random() * 2)
             hanging.unlink()
             await asyncio.sleep(0.5)
 
@@ -148,11 +149,14 @@ async def clock(stage: Stage) -> None:
 
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 
+# Still running when the old owner comes back; more than a caller's budget here.
+_LONG: Any = {"tokens": (150, 250), "budgets": False, "settings": {"tokens_per_minute": 0}}
+
 SCENARIOS = (
     Scenario("worker SIGKILL", kill, fast=True, stalls="moved"),
     *(kill_at(moment) for moment in MOMENTS),
-    Scenario("worker SIGSTOP, wakes later (zombie)", zombie, fast=True, stalls="moved"),
-    Scenario("engine hangs, event loop lives", hang, stalls="moved"),
+    Scenario("worker SIGSTOP, wakes later (zombie)", zombie, fast=True, stalls="moved", **_LONG),
+    Scenario("engine hangs, event loop lives", hang, stalls="moved", **_LONG),
     Scenario(
         "worker SIGTERM (drain)",
         drain,

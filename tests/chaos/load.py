@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import random
@@ -66,6 +67,7 @@ class Stream:
     moves: int = 0
     reason: str = ""
     started: float = 0.0
+    closed: bool = False
 
     @property
     def ended(self) -> bool:
@@ -85,7 +87,7 @@ class Stream:
             return None
         gaps = [
             b - (max(a, mark) if clip else a)
-            for a, b in zip(times, times[1:], strict=False)
+            for a, b in itertools.pairwise(times)
             if b > mark and a < until
         ]
         return max(gaps, default=None)
@@ -102,6 +104,7 @@ class Load:
         world: where they go. rng: decides everything about them. ledger: what they check against.
         kinds: of streams, in equal parts. tokens: shortest and longest stream.
         breaks: a stream may be told that it failed. name: of callers and streams.
+        limit_s: longest time for one stream.
     """
 
     def __init__(
@@ -114,9 +117,11 @@ class Load:
         tokens: tuple[int, int] = (40, 110),
         breaks: bool = False,
         name: str = "caller",
+        limit_s: float = 60.0,
     ) -> None:
         self.world = world
         self._name = name
+        self._limit_s = limit_s
         self.rng = rng
         self.ledger = ledger
         self.kinds = kinds
@@ -185,10 +190,11 @@ class Load:
         """Plays a stream to its end and checks it against the log."""
         stream.started = time.monotonic()
         try:
-            if stream.kind in ("plain", "vanish", "cancel", "slow", "refusable"):
-                await self._once(stream)
-            else:
-                await self._surviving(stream)
+            async with asyncio.timeout(self._limit_s):
+                if stream.kind in ("plain", "vanish", "cancel", "slow", "refusable"):
+                    await self._once(stream)
+                else:
+                    await self._surviving(stream)
         except Exception as error:
             stream.wrong.append(f"client: {error!r}")
         if stream.complete and (stream.text != stream.expected or stream.seen != stream.tokens):
@@ -211,6 +217,8 @@ class Load:
             yield
 
     async def _lane(self, least: int) -> None:
+        # Not all lanes at the same pace: some streams begin while others are in the middle.
+        await asyncio.sleep(self.rng.random() * 0.5)
         while not self._stopping or len(self.streams) < least:
             self._groups += 1
             caller = f"{self._name}{self._groups}"
@@ -311,11 +319,26 @@ class Load:
                 if stream.kind == "infer":
                     self._whole(stream, await reply.json())
                     return
-                await self._events(stream, reply)
+                if stream.kind == "double" and method == "POST":
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(self._events(stream, reply))
+                        tasks.create_task(self._read_again(stream))
+                else:
+                    await self._events(stream, reply)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Again(repr(error)) from error
         if not stream.ended:
             raise Again("the stream stopped without its end")
+
+    async def _read_again(self, stream: Stream) -> None:
+        """A second reader, from the start: the same tokens."""
+        second = dataclasses.replace(
+            stream, text="", seen=0, arrivals=[], wrong=[], broken="", reason="", pause_at=0
+        )
+        await self._surviving(second)
+        stream.wrong += [f"second reader: {what}" for what in second.wrong]
+        if second.text != stream.expected:
+            stream.wrong.append(f"second reader: {second.broken or second.text!r}")
 
     def _refused(
         self, stream: Stream, reply: aiohttp.ClientResponse, text: str, took_s: float
@@ -431,7 +454,10 @@ def tally(streams: list[Stream]) -> Counter[str]:
     """How the streams ended."""
     counts: Counter[str] = Counter()
     for s in streams:
-        counts[
-            "wrong" if s.wrong else "broken" if s.broken else "complete" if s.complete else "left"
-        ] += 1
+        if s.wrong:
+            counts["wrong"] += 1
+        elif s.broken:
+            counts["broken"] += 1
+        else:
+            counts["complete" if s.complete else "left"] += 1
     return counts

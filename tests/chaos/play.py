@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import shutil
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ class Stage:
 
     Attributes:
         rounds: how often it makes its fault happen.
+        stack: closes what a scenario opened, after the accounts.
     """
 
     world: World
@@ -32,6 +35,7 @@ class Stage:
     ledger: Ledger
     rng: random.Random
     rounds: int
+    stack: AsyncExitStack
 
 
 Act = Callable[[Stage], Awaitable[None]]
@@ -49,6 +53,7 @@ class Scenario:
         stalls: whose stalls count: moved (to another worker), resumed, all.
         clip: a stall is counted from the mark on, not from the token before it.
         disk_mb: the server's data is on a small disk of its own.
+        limit_s: longest time for one stream.
         programs: that it needs beside the Python packages. root: whether it must be root.
         settings: RTS_* without the prefix.
         expect_wrong: a negative control: it must find wrong streams.
@@ -69,6 +74,7 @@ class Scenario:
     stalls: str = "all"
     clip: bool = False
     disk_mb: int = 0
+    limit_s: float = 60.0
     programs: tuple[str, ...] = ()
     root: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +106,7 @@ class Row:
     faults: int = 0
     streams: int = 0
     complete: int = 0
-    broken: int = 0
+    told: int = 0
     wrong: list[str] = field(default_factory=list)
     stalls_s: list[float] = field(default_factory=list)
     recomputed: int = 0
@@ -123,7 +129,13 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
         ledger = Ledger(world)
         ledger.checks_budgets = scenario.budgets
         load = Load(
-            world, rng, ledger, kinds=scenario.kinds, tokens=scenario.tokens, breaks=scenario.breaks
+            world,
+            rng,
+            ledger,
+            kinds=scenario.kinds,
+            tokens=scenario.tokens,
+            breaks=scenario.breaks,
+            limit_s=scenario.limit_s,
         )
         for role, count in (
             ("gateway", scenario.gateways),
@@ -137,11 +149,10 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
             world.balance()
         # A server that has just started declares nobody dead: faults come to one that runs.
         await asyncio.sleep(2 * LEASE_MS / 1000)
-        try:
-            await scenario.act(Stage(world, load, ledger, rng, rounds))
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(ledger.close)
+            await scenario.act(Stage(world, load, ledger, rng, rounds, stack))
             await ledger.close_accounts(load.streams)
-        finally:
-            await ledger.close()
         _sum_up(row, scenario, world, load.streams, ledger)
         if row.wrong and not scenario.expect_wrong:
             print("\n".join(row.wrong[:40]))
@@ -153,7 +164,7 @@ def show_logs(world: World) -> None:
     """Shows what the processes found remarkable."""
     for process in world.processes:
         lines = process.log.read_text().splitlines()
-        found = [line[:300] for line in lines if '"level": "info"' not in line]
+        found = [line[:3000] for line in lines if '"level": "info"' not in line]
         print(f"--- {process.role}-{process.index}", *found[-12:], sep="\n")
 
 
@@ -162,13 +173,13 @@ def _sum_up(
 ) -> None:
     counts = tally(streams)
     row.faults = len(world.marks)
-    row.streams, row.complete, row.broken = len(streams), counts["complete"], counts["broken"]
+    row.streams, row.complete, row.told = len(streams), counts["complete"], counts["broken"]
     row.wrong = [f"{s.name} {s.kind} {s.rid}: {'; '.join(s.wrong[:3])}" for s in streams if s.wrong]
     row.wrong += ledger.wrong
     row.moved = sum(s.moves > 0 for s in streams)
     row.resumed = sum(s.resumes > 0 for s in streams)
     marks = [*world.marks, float("inf")]
-    for mark, following in zip(marks, marks[1:], strict=False):
+    for mark, following in itertools.pairwise(marks):
         for stream in streams:
             if scenario.stalls == "moved" and not stream.moves:
                 continue

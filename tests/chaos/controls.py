@@ -1,0 +1,35 @@
+"""The negative control: with a part of the protocol switched off the harness must see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from chaos import faults_network, faults_redis, faults_worker
+from chaos.play import Scenario
+
+
+def _without(part: str, name: str, scenario: Scenario) -> Scenario:
+    return replace(
+        scenario,
+        name=f"control: {name}; {scenario.name}",
+        launcher=("-m", "chaos.crippled", part),
+        expect_wrong=True,
+        fast=True,
+        budgets=False,
+        limit_s=8.0,
+        stalls="none",
+        settings={**scenario.settings, "timeout_s": 12},
+    )
+
+
+def _named(scenarios: tuple[Scenario, ...], name: str) -> Scenario:
+    return next(s for s in scenarios if s.name.startswith(name))
+
+
+SCENARIOS = (
+    _without("fence", "no fence", _named(faults_worker.SCENARIOS, "worker SIGSTOP")),
+    _without(
+        "sequence", "no sequence check", _named(faults_network.SCENARIOS, "pub/sub messages lost")
+    ),
+    _without("refill", "no refill", _named(faults_redis.SCENARIOS, "CLIENT KILL")),
+)

@@ -1,0 +1,130 @@
+"""`make chaos`: plays every scenario on both servers and writes benchmarks/results/chaos.md."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cluster import ROOT
+
+from chaos.catalogue import SCENARIOS
+from chaos.play import Row, Scenario, play
+from chaos.world import SERVERS, find_server
+
+RESULTS = ROOT / "benchmarks" / "results" / "chaos.md"
+_HEAD = """\
+# Chaos
+
+Faults made to happen in a whole cluster of real processes under load; every token of every stream
+is compared with what the echo engine must generate, with the log, and with the accounts. Written by
+`make chaos`; one row again: `make chaos CHAOS_ARGS='--only "worker SIGKILL" --seed {seed}'`.
+
+- wrong: streams with a token lost, repeated, changed or out of order, without an end or with two;
+  requests that ended more or less than once; counters, budgets, leases or keys left over.
+- told: streams that ended with an explicit error where that is the right answer.
+- stall: the longest wait between two tokens of a stream that the fault hit ({hit}); for faults of
+  Redis counted from when it was back. Leases are {lease} ms here, a step of the engine {step} ms.
+- recomputed: tokens of prompts and answers that another worker computed again.
+
+{machine}
+
+| fault | times | streams | wrong | told | hit | stall p50 | p99 | max (s) | recomputed |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> int:
+    """Exit status 0 when no stream was wrong and the negative controls found some."""
+    given = _parser().parse_args()
+    chosen = [s for s in SCENARIOS if given.only in s.name]
+    rows: dict[str, list[Row]] = {s.name: [] for s in chosen}
+    skipped = {s.name: s.missing() for s in chosen if s.missing()}
+    began = time.monotonic()
+    for number, scenario in enumerate(s for s in chosen if s.name not in skipped):
+        for offset, server in enumerate(given.servers):
+            seed = given.seed + number * len(SERVERS) + offset if not given.only else given.seed
+            row = _play(scenario, server, seed, given.rounds)
+            rows[scenario.name].append(row)
+            print(_line(scenario, [row]), f"{server}, seed {seed}", flush=True)
+    table = [
+        _line(s, rows[s.name])
+        if rows[s.name]
+        else f"| {s.name} | not run: {skipped[s.name]} | | | | | | | | |"
+        for s in chosen
+    ]
+    good = [r for s in chosen if not s.expect_wrong for r in rows[s.name]]
+    wrong = sum(len(row.wrong) for row in good)
+    blind = [
+        s.name for s in chosen if s.expect_wrong and not all(row.wrong for row in rows[s.name])
+    ]
+    streams = sum(row.streams for row in good)
+    total = (
+        f"\n{streams:,} streams outside the controls, {wrong} wrong, "
+        f"{(time.monotonic() - began) / 60:.0f} minutes.\n"
+    )
+    text = _head(given.seed, given.servers) + "\n".join(table) + "\n" + total
+    print(text)
+    if not given.only:
+        RESULTS.write_text(text)
+    for name in blind:
+        print(f"the negative control found nothing: {name}")
+    return 1 if wrong or blind else 0
+
+
+def _play(scenario: Scenario, server: str, seed: int, rounds: int) -> Row:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        return asyncio.run(play(scenario, Path(folder), server=server, seed=seed, rounds=rounds))
+
+
+def _line(scenario: Scenario, rows: list[Row]) -> str:
+    stalls = sorted(s for row in rows for s in row.stalls_s)
+    figures = ["", "", ""]
+    if stalls and scenario.stalls != "none":
+        figures = [f"{_quantile(stalls, q):.2f}" for q in (0.5, 0.99, 1.0)]
+    wrong = sum(len(row.wrong) for row in rows)
+    cells = [
+        scenario.name,
+        sum(row.faults for row in rows),
+        sum(row.streams for row in rows),
+        f"{wrong} (must be)" if scenario.expect_wrong else wrong,
+        sum(row.told for row in rows),
+        len(stalls),
+        *figures,
+        sum(row.recomputed for row in rows),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def _head(seed: int, servers: list[str]) -> str:
+    from chaos.world import LEASE_MS, STEP_MS
+
+    found = [str(find_server(server)) for server in servers]
+    machine = (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.system()}, Python "
+        f"{platform.python_version()}, {' and '.join(found)}, seed {seed}."
+    )
+    hit = "moved to another worker, resumed at another gateway, or all that ran"
+    return _HEAD.format(seed=seed, hit=hit, lease=LEASE_MS, step=STEP_MS, machine=machine)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--only", default="", help="scenarios whose names contain this")
+    parser.add_argument("--rounds", type=int, default=5, help="times each fault happens in a play")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
