@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 
@@ -97,13 +98,23 @@ class Server:
         self._edge.connections = lambda: len(server.connections)
         await web.TCPSite(self._runner, host, port, backlog=1024).start()
 
-    async def drain(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
-        """Takes no requests any more and brings the streams to an end.
+    async def drain(
+        self, grace_s: float, hurry: asyncio.Event | None = None, *, delay_s: float = 0.0
+    ) -> None:
+        """Says that it goes away, then takes no requests any more and ends the streams.
 
-        Resumable streams are closed at once, for their clients to go on elsewhere; plain ones have
-        `grace_s`, or until `hurry`; what is left then gets an error.
+        Requests are still served for `delay_s`: a load balancer sends them until it has seen that
+        this gateway is not ready. Then resumable streams are closed at once, for their clients to
+        go on elsewhere; plain ones have `grace_s`; what is left gets an error. `hurry` cuts both
+        times short.
         """
         edge = self._edge
+        hurry = hurry or asyncio.Event()
+        edge.leaving = True
+        if delay_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await hurry.wait()
         edge.draining = True
         ends_at = asyncio.get_running_loop().time() + grace_s
         while True:
@@ -112,7 +123,7 @@ class Server:
                 if flow.kept and flow.response is not None:
                     flow.stop(HANDOVER)
             left_s = ends_at - asyncio.get_running_loop().time()
-            if left_s <= 0 or (hurry is not None and hurry.is_set()):
+            if left_s <= 0 or hurry.is_set():
                 break
             if await edge.flows.empty(min(left_s, _HURRY_LOOK_S)):
                 break
@@ -139,8 +150,9 @@ async def _run(settings: Settings) -> int:
         await server.start(settings.host, settings.port)
         log.info("listening", extra={"host": settings.host, "port": settings.port})
         await stop.wait()
-        log.info("draining", extra={"grace_s": settings.drain_grace_s})
-        await server.drain(settings.drain_grace_s, hurry)
+        delay_s, grace_s = settings.drain_delay_s, settings.drain_grace_s
+        log.info("draining", extra={"delay_s": delay_s, "grace_s": grace_s})
+        await server.drain(grace_s, hurry, delay_s=delay_s)
     except OSError as error:
         log.error("cannot listen", extra={"error": str(error)})
         return 1

@@ -28,6 +28,7 @@ LOOK_S = 1.0
 MOST_EXPIRED = 256
 """Ended by one call, so that Redis is not held up."""
 WITHDRAW_TRIES = 4
+LEAVE_TRIES = 3
 ERRANDS_S = 2.0
 """What is on its way when the gateway stops gets this long."""
 
@@ -36,7 +37,8 @@ class Edge:
     """One gateway's parts and its state.
 
     Attributes:
-        draining: it takes no requests any more.
+        leaving: it is not ready any more and keeps no connection for another request.
+        draining: it takes no requests any more, either.
         connections: how many client connections are open; set by the server.
     """
 
@@ -49,9 +51,11 @@ class Edge:
         self.callers = Callers(settings.trusted_proxies)
         self.flows = Flows(store, hub, settings)
         self.metrics = Metrics(self.models, self.census, hub)
+        self.leaving = False
         self.draining = False
         self.connections: Callable[[], int] = lambda: 0
         self._store_answers = False
+        self._identity = b""
         self._loops: list[asyncio.Task[None]] = []
         self._errands: set[asyncio.Task[None]] = set()
 
@@ -97,6 +101,15 @@ class Edge:
             await asyncio.sleep(0.5)
         return ""
 
+    async def leave(self, rid: str, caller: str) -> None:
+        """Starts a kept request's grace time, unless somebody else listens to it."""
+        for _ in range(LEAVE_TRIES):
+            with contextlib.suppress(StoreUnavailable):
+                if await self.store.leave(rid, caller):
+                    return
+            # Redis may have yet to read that we unsubscribed, on another connection.
+            await asyncio.sleep(0.25)
+
     async def is_first(self, rid: str) -> bool:
         """Whether nobody has counted the end of a request that several gateways may relay."""
         name, client = keys.request(rid), self.store.client
@@ -111,6 +124,7 @@ class Edge:
             try:
                 await self.models.refresh()
                 await self.census.refresh([model.mv for model in self.models.served()])
+                await self._look_for_loss()
                 self._note(True)
             except StoreUnavailable as error:
                 self._note(False, error)
@@ -118,6 +132,14 @@ class Edge:
                 log.exception("reading models and counts failed")
             # While Redis is away its return is looked for more often.
             await asyncio.sleep(LOOK_S if self._store_answers else LOOK_S / 5)
+
+    async def _look_for_loss(self) -> None:
+        """Lets streams whose requests are not in Redis any more end now, not in silence."""
+        identity = await self.store.identity()
+        if self._identity not in (b"", identity):
+            log.error("redis has lost its data")
+            await self.hub.check()
+        self._identity = identity
 
     async def _expire(self) -> None:
         while True:

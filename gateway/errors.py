@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.errors import InvalidRequest, LogExpired, RtsError, StoreUnavailable, TemplateError
+from shared.errors import (
+    InvalidRequest,
+    LogExpired,
+    NotReplicated,
+    RtsError,
+    StoreUnavailable,
+    TemplateError,
+)
 
 
 class ModelNotFound(RtsError):
@@ -123,13 +130,14 @@ _STATUS: dict[type[Exception], tuple[int, str, str]] = {
     RequestNotFound: (404, _INVALID, "request_not_found"),
     IdempotencyConflict: (409, _INVALID, "idempotency_conflict"),
     RequestGone: (410, _INVALID, "request_gone"),
-    LogExpired: (410, _INVALID, "log_expired"),
+    LogExpired: (503, _SERVER, "log_expired"),
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     ModelNotReady: (503, _SERVER, "model_not_ready"),
     QueueFull: (503, _SERVER, "queue_full"),
     TooManyConnections: (503, _SERVER, "too_many_connections"),
     Draining: (503, _SERVER, "gateway_draining"),
     StoreUnavailable: (503, _SERVER, "store_unavailable"),
+    NotReplicated: (503, _SERVER, "not_replicated"),
 }
 """Every error of this project that may reach a client: status, type, code."""
 
@@ -169,9 +177,11 @@ _SENTENCES = {
 _RETRY_AFTER_S = {
     "queue_full": 1,
     "store_unavailable": 1,
+    "not_replicated": 1,
     "model_not_ready": 1,
     "too_many_connections": 1,
     "gateway_draining": 1,
+    "log_expired": 1,
 }
 _CLOSING = frozenset(
     {

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -53,6 +54,11 @@ class Subscription:
     def lagging(self) -> int:
         """Entries that came and were not read yet."""
         return len(self._live) + len(self._page)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its reader has had all there is and waits for more."""
+        return self._waiter is not None
 
     def feed(self, frame: bytes) -> None:
         """A live message. When the queue is full it is emptied: the log has it all."""
@@ -236,11 +242,25 @@ class Hub:
                 raise
         return reader
 
+    async def check(self) -> None:
+        """Compares all readers with their logs now: Redis has lost data.
+
+        Those that nobody waits on yet are left out: their requests may have yet to be queued.
+
+        Raises:
+            StoreUnavailable: some were not compared.
+        """
+        await self._compare([reader for reader in self._readers() if reader.waits])
+
     async def over(self, rid: str) -> bool:
         """Whether the request has ended, or is not known to Redis any more."""
         client: Any = self.store.client
         async with unavailable():
             return await client.hget(keys.request(rid), "st") in (None, b"e")
+
+    def _readers(self) -> Iterator[Subscription]:
+        for channel in self._channels.values():
+            yield from channel.readers
 
     def _forget(self, reader: Subscription) -> None:
         name = keys.log(reader.rid).encode()
@@ -275,24 +295,21 @@ class Hub:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(CHECK_S)
-            quiet = [
-                reader
-                for channel in self._channels.values()
-                for reader in channel.readers
-                if loop.time() - reader.heard_at > CHECK_S
-            ]
-            for start in range(0, len(quiet), PAGE):
-                await self._compare(quiet[start : start + PAGE])
+            now = loop.time()
+            quiet = [reader for reader in self._readers() if now - reader.heard_at > CHECK_S]
+            with suppress(StoreUnavailable):
+                await self._compare(quiet)
 
     async def _compare(self, readers: list[Subscription]) -> None:
-        """One round trip for many readers: what does Redis say about their requests?"""
-        try:
-            async with unavailable(), self.store.client.pipeline(transaction=False) as pipe:
-                for reader in readers:
-                    pipe.hmget(keys.request(reader.rid), ["st", "seq"])
-                rows = await pipe.execute()
-        except StoreUnavailable:
-            return
+        """What does Redis say about their requests? One round trip for many."""
+        for start in range(0, len(readers), PAGE):
+            await self._compare_page(readers[start : start + PAGE])
+
+    async def _compare_page(self, readers: list[Subscription]) -> None:
+        async with unavailable(), self.store.client.pipeline(transaction=False) as pipe:
+            for reader in readers:
+                pipe.hmget(keys.request(reader.rid), ["st", "seq"])
+            rows = await pipe.execute()
         for reader, (state, seq) in zip(readers, rows, strict=True):
             if state is None:
                 reader.lost()

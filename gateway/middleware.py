@@ -122,7 +122,7 @@ def install(app: web.Application, settings: Settings) -> None:
             response.headers["X-Request-Id"] = trail.label
         response.headers.update(cors.headers(request))
         response.headers["Server"] = SERVER
-        if request.app[EDGE].draining:
+        if request.app[EDGE].leaving:
             response.force_close()
             response.headers["Connection"] = "close"
 

@@ -14,6 +14,10 @@ from typing import Any
 
 import hiredis
 from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
+
+from shared.redis_url import is_sentinel, parse_sentinel
+from shared.sentinel import Address, Sentinels
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ class PubSubConnection:
     """Keeps one subscribing connection up.
 
     Args:
-        url: redis://, rediss:// or unix://, with credentials when there are any.
+        url: redis://, rediss://, unix:// or sentinel://, with credentials when there are any.
         on_message: called with (channel, payload).
         on_subscribed: called with a channel for every confirmation, also after a reconnect.
         channels: what to subscribe to after a (re)connect.
@@ -73,6 +77,11 @@ class PubSubConnection:
         self._on_subscribed = on_subscribed
         self._channels = channels
         self._transport: asyncio.Transport | None = None
+        self._protocol: _Protocol | None = None
+        self._address: Address | None = None
+        self._sentinels: Sentinels | None = None
+        if is_sentinel(url):
+            self._sentinels = Sentinels(parse_sentinel(url), self._leave_unless)
 
     @property
     def up(self) -> bool:
@@ -90,21 +99,25 @@ class PubSubConnection:
     async def run(self) -> None:
         """Connects and watches, for ever."""
         pause = 0.05
-        while True:
-            try:
-                await self._connected()
-                pause = 0.05
-            except OSError as error:
-                log.warning("pub/sub connection failed", extra={"error": str(error)})
-            await asyncio.sleep(pause)
-            pause = min(1.0, pause * 2)
+        try:
+            while True:
+                try:
+                    await self._connected()
+                    pause = 0.05
+                except (OSError, RedisError) as error:
+                    log.warning("pub/sub connection failed", extra={"error": str(error)})
+                await asyncio.sleep(pause)
+                pause = min(1.0, pause * 2)
+        finally:
+            if self._sentinels is not None:
+                await self._sentinels.close()
 
     async def _connected(self) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(PONG_S * 4):
             transport, protocol = await self._open(loop)
         try:
-            self._transport = transport
+            self._transport, self._protocol = transport, protocol
             if channels := list(self._channels()):
                 self._send(b"SUBSCRIBE", *channels)
             unheard = 0
@@ -123,11 +136,11 @@ class PubSubConnection:
                 if unheard >= _UNHEARD:
                     raise ConnectionError(f"no answer for {PONG_S} s")
         finally:
-            self._transport = None
+            self._transport = self._protocol = None
             transport.abort()
 
     async def _open(self, loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Transport, _Protocol]:
-        where: dict[str, Any] = dict(parse_url(self._url))
+        where = await self._where()
         protocol = _Protocol(self._dispatch, loop)
 
         def factory() -> _Protocol:
@@ -146,8 +159,22 @@ class PubSubConnection:
             transport.write(hiredis.pack_command(tuple(words)))
         return transport, protocol
 
+    async def _where(self) -> dict[str, Any]:
+        """The server's address and credentials, as redis-py calls them."""
+        if self._sentinels is None:
+            return dict(parse_url(self._url))
+        url = parse_sentinel(self._url)
+        self._address = host, port = await self._sentinels.master()
+        return {"host": host, "port": port, "username": url.username, "password": url.password}
+
+    def _leave_unless(self, master: Address) -> None:
+        """Gives up a connection to what was the master: nothing is published there any more."""
+        if self._protocol is not None and self._address != master:
+            self._protocol.connection_lost(ConnectionError("the master is another server now"))
+
     def _send(self, *words: bytes) -> None:
-        if self._transport is not None:
+        # What is not sent is asked for by the next connection.
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(hiredis.pack_command(words))  # type: ignore[arg-type]
 
     def _dispatch(self, reply: list[Any]) -> None:

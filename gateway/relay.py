@@ -63,7 +63,8 @@ class Relay:
         self._after = listening.after
         self._first_at = 0.0
         self._next = listening.subscription.next
-        self._withdrawn = listening.kept
+        self._kept = listening.kept
+        self._settled = False
         self.reason = ""
         self.format = format_of(listening.subject)
         self.flow = edge.flows.open(
@@ -99,7 +100,7 @@ class Relay:
             self._leave("error")
             raise
         finally:
-            self._edge.flows.close(self.flow)
+            self._close()
 
     async def stream(self, headers: dict[str, str]) -> web.StreamResponse:
         """The answer as server-sent events; what goes wrong from here on is an event, too."""
@@ -125,7 +126,7 @@ class Relay:
             self._leave("cancelled")
             raise
         finally:
-            self._edge.flows.close(self.flow)
+            self._close()
         return response
 
     async def _pump(self, response: web.StreamResponse) -> None:
@@ -159,8 +160,8 @@ class Relay:
             if self._meter is not None:
                 self._meter.count(now, len(event.tokens))
         else:
-            # The request is over: nothing is left to withdraw.
-            self._withdrawn = True
+            # The request is over: nothing is left to withdraw or to leave.
+            self._settled = True
             self._end_meter(event, entry.seq)
         return entry
 
@@ -203,13 +204,16 @@ class Relay:
     def _leave(self, reason: str) -> None:
         """This client gets no more of it; a request that nobody else waits for is cancelled."""
         self.reason = self.reason or reason
-        if reason == "stream_idle":
-            self._withdrawn = False
-        if not self._withdrawn:
-            self._withdrawn = True
+        if not self._settled and (not self._kept or reason == "stream_idle"):
+            self._settled = True
             self._edge.send(self._edge.withdraw(self.flow.rid, self.flow.caller))
             end = messages.End(messages.VERSION, reason)
             self._end_meter(end, self.flow.subscription.last)
+
+    def _close(self) -> None:
+        self._edge.flows.close(self.flow)
+        if self._kept and not self._settled:
+            self._edge.send(self._edge.leave(self.flow.rid, self.flow.caller))
 
     def _end_meter(self, end: messages.End, tokens: int) -> None:
         meter, self._meter = self._meter, None

@@ -97,7 +97,7 @@ async def models(request: web.Request) -> web.StreamResponse:
 
 
 def _state(edge: Edge) -> str:
-    if edge.draining:
+    if edge.leaving:
         return "draining"
     return "healthy" if edge.healthy else "redis_unavailable"
 

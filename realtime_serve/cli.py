@@ -20,7 +20,22 @@ _COMMANDS = {
     "worker": "run one worker (engine)",
     "control": "run the control process (janitor, statistics)",
     "status": "print what a gateway knows of the cluster",
+    "dead": "look at requests that engines died over; run them again or drop them",
 }
+_DEAD = {
+    "list": "a line for each dead letter, the oldest first",
+    "show": "everything about requests, as JSON",
+    "replay": "put requests on their queues again; accepted, their letters are removed",
+    "drop": "remove the letters of requests",
+}
+_USED = {
+    "status": ("host", "port"),
+    "dead": (
+        *("redis_url", "data_dir", "timeout_s", "resumable_retention_s"),
+        *("queue_limit", "queue_bytes"),
+    ),
+}
+"""Settings that are in the help of commands that are no processes of the cluster."""
 _FAILED = 1
 _BAD_SETTINGS = 2
 
@@ -32,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _FAILED
     parser = _parser()
     given, unknown = parser.parse_known_args(argv)
-    own = {"command", "index", "end_with_parent"}
-    flags = {name: text for name, text in vars(given).items() if name not in own}
+    names = {flag_name(spec.name).removeprefix("--") for spec in dataclasses.fields(Settings)}
+    flags = {name: text for name, text in vars(given).items() if name in names}
     try:
         _refuse_unknown(unknown)
         settings = Settings.load(os.environ, flags)
@@ -52,6 +67,16 @@ def _run(given: argparse.Namespace, settings: Settings) -> int:
         return run_up(settings, Screen(), end_with_parent=given.end_with_parent)
     if given.command == "status":
         return _print_status(settings)
+    if given.command == "dead":
+        from realtime_serve.dead import run_dead
+
+        return run_dead(
+            settings,
+            given.action,
+            getattr(given, "ids", None) or None,
+            as_json=getattr(given, "json", False),
+            with_prompt=getattr(given, "prompt", False),
+        )
     name = given.command if given.index is None else f"{given.command}-{given.index}"
     setup_logging(settings, name)
     return _run_role(given.command, settings)
@@ -106,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             command, help=purpose, description=purpose, allow_abbrev=False, add_help=True
         )
+        if command == "dead":
+            _add_dead(sub)
+            continue
         # Shown in the process list; tells processes of one role apart.
         sub.add_argument("--index", type=int, help=argparse.SUPPRESS)
         sub.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
@@ -113,9 +141,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_dead(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    for action, purpose in _DEAD.items():
+        sub = actions.add_parser(action, help=purpose, description=purpose, allow_abbrev=False)
+        if action == "list":
+            sub.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+        elif action == "show":
+            sub.add_argument("ids", nargs="+", metavar="id", help="of a request")
+            sub.add_argument("--prompt", action="store_true", help="with the prompt's token ids")
+        else:
+            which = sub.add_mutually_exclusive_group(required=True)
+            which.add_argument("ids", nargs="*", default=[], metavar="id", help="of a request")
+            which.add_argument("--all", action="store_true", help="of all that have letters")
+        _add_settings(sub, "dead")
+
+
 def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
     for spec in dataclasses.fields(Settings):
-        used = command in spec.metadata["roles"] or command == "up"
+        used = (
+            command in spec.metadata["roles"]
+            or command == "up"
+            or spec.name in _USED.get(command, ())
+        )
         shown = f"{spec.metadata['help']} ({allowed_values(spec)}; {env_name(spec.name)})"
         parser.add_argument(
             flag_name(spec.name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -18,17 +19,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import redis
 
 from realtime_serve.lifeline import Lifeline
+from shared.store import connect
 
 OLDEST = (7, 0)
 _DEFAULT_PORT = 6379
 # sun_path holds 104 bytes on macOS and 108 on Linux, a final zero included.
 _LONGEST_SOCKET_PATH = 103
 _READY_S = 60.0
+_CHECK_S = 5.0
+
+_ADDRESS = "server.url"
+"""File beside the data: where the server listens, for commands that come later."""
 
 _CONFIG = """\
 daemonize no
@@ -123,31 +129,43 @@ def check_server(url: str) -> list[str]:
         ServerError: not reachable, too old, or a cluster.
     """
     try:
-        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
-            info = cast("Mapping[str, Any]", client.info("server"))
-            wanted = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
-            with contextlib.suppress(redis.ResponseError):
-                told = cast("Mapping[str, str]", client.config_get(*wanted))
-                return _refuse_unfit(info) or [
-                    f"{key} is {told[key]}; it should be {value}"
-                    for key, value in wanted.items()
-                    if told.get(key, value) != value
-                ]
-            return _refuse_unfit(info)
-    except (redis.RedisError, ValueError) as error:
+        return asyncio.run(_check(url))
+    except (redis.RedisError, OSError, ValueError) as error:
         raise ServerError(f"RTS_REDIS_URL: {error}") from error
 
 
-def _refuse_unfit(info: Mapping[str, Any]) -> list[str]:
+async def _check(url: str) -> list[str]:
+    client: Any = connect(url, timeout_s=_CHECK_S)
+    try:
+        _refuse_unfit(await client.info("server"))
+        wanted = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
+        with contextlib.suppress(redis.ResponseError):
+            told: Mapping[str, str] = await client.config_get(*wanted)
+            return [
+                f"{key} is {told[key]}; it should be {value}"
+                for key, value in wanted.items()
+                if told.get(key, value) != value
+            ]
+        return []
+    finally:
+        await client.aclose(close_connection_pool=True)
+
+
+def _refuse_unfit(info: Mapping[str, Any]) -> None:
     kind = "valkey" if "valkey_version" in info else "redis"
     version = str(info[f"{kind}_version"])
     if _numbers(version) < OLDEST:
         raise ServerError(
             f"RTS_REDIS_URL: that is {kind} {version}; {_dotted(OLDEST)} or newer is needed"
         )
-    if info.get("redis_mode") == "cluster":
+    # Valkey's own name for it, and Redis's.
+    mode = info.get("server_mode", info.get("redis_mode"))
+    if mode == "cluster":
         raise ServerError("RTS_REDIS_URL: that is a Redis Cluster; name a single primary instead")
-    return []
+    if mode == "sentinel":
+        raise ServerError(
+            "RTS_REDIS_URL: that is a sentinel: write sentinel://, and the master's name behind it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,20 +205,15 @@ class ServerPlan:
             url = f"redis://:{password}@127.0.0.1:{port}/0"
             listen = f"port {port}\nbind 127.0.0.1\nrequirepass {password}\n"
         config = folder / "server.conf"
-        config.unlink(missing_ok=True)
-        config.touch(mode=0o600)
         places = f"dir {_quoted(folder)}\nlogfile {_quoted(folder / 'server.log')}\n"
-        config.write_text(_CONFIG + listen + places)
+        _write_private(config, _CONFIG + listen + places)
+        _write_private(folder / _ADDRESS, url)
         (folder / "server.log").unlink(missing_ok=True)
         return cls(binary, folder, url, (str(binary.path), str(config)), temporary)
 
     def is_ready(self) -> bool:
         """Whether the server answers and has loaded its data."""
-        try:
-            with redis.Redis.from_url(self.url, socket_timeout=1) as client:
-                return bool(client.ping())
-        except redis.RedisError:
-            return False
+        return _answers(self.url)
 
     def log_tail(self) -> str:
         """The last lines of the server's log, for an error message."""
@@ -211,8 +224,20 @@ class ServerPlan:
 
     def clean(self) -> None:
         """Remove what is of no use once the server has stopped."""
+        (self.folder / _ADDRESS).unlink(missing_ok=True)
         if self.socket_folder:
             shutil.rmtree(self.socket_folder, ignore_errors=True)
+
+
+def running_server(folder: Path) -> str | None:
+    """The address of the server that `up` runs on the data in `folder`; None if none answers."""
+    for address in sorted(folder.glob(f"*/{_ADDRESS}")):
+        # It may be written or removed at this moment.
+        with contextlib.suppress(OSError, ValueError):
+            url = address.read_text()
+            if _answers(url):
+                return url
+    return None
 
 
 def server_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -303,6 +328,20 @@ class RedisServer:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with redis.Redis.from_url(url, socket_timeout=1) as client:
+            return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
 
 
 def _place_for_socket(folder: Path) -> tuple[Path | None, Path | None]:

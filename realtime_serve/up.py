@@ -281,7 +281,8 @@ class Cluster:
     async def _shut_down(self, stages: Sequence[Sequence[Child]]) -> None:
         """Stop gateways, then workers, then control, then the server, each with its grace time."""
         server, control, workers, gateways = stages
-        grace_s = self._settings.drain_grace_s + _AFTER_GRACE_S
+        settings = self._settings
+        grace_s = settings.drain_delay_s + settings.drain_grace_s + _AFTER_GRACE_S
         for stage in (gateways, workers, control):
             await self._stop_stage(stage, grace_s)
         for child in server:

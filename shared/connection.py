@@ -4,6 +4,9 @@ Up to Python 3.11 `asyncio.wait_for`, through which redis-py 5 sends each comman
 cancellation that meets its end, and so does the `timeout(0)` with which it probes a connection
 before use: a client that left, or a task that should stop, went unnoticed. Both are replaced, which
 also makes a command cheaper by a third: no task and no timer for each.
+
+And none of them is used again once the server at its other end takes no writes: after a failover
+that is the old master, and the new one is found by connecting anew.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from redis.asyncio.connection import (
     UnixDomainSocketConnection,
 )
 from redis.connection import HiredisRespSerializer
+from redis.exceptions import ConnectionError, ReadOnlyError
 
 
 class _Cancellable(AbstractConnection):
@@ -40,6 +44,11 @@ class _Cancellable(AbstractConnection):
         """Sends within the socket's timeout."""
         if not self.is_connected:
             await self.connect()  # type: ignore[no-untyped-call]
+        writer: Any = self._writer
+        if writer.transport.is_closing():
+            # It broke, or was cut, since its last answer; uvloop would raise a RuntimeError.
+            await self.disconnect(nowait=True)
+            raise ConnectionError("the connection is closed")
         timeout_s, self.socket_timeout = self.socket_timeout, None
         try:
             async with asyncio.timeout(timeout_s):
@@ -47,9 +56,17 @@ class _Cancellable(AbstractConnection):
         finally:
             self.socket_timeout = timeout_s
 
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """As redis-py does; a refused write ends the connection."""
+        try:
+            return await super().read_response(*args, **kwargs)
+        except ReadOnlyError as error:
+            await self.disconnect(nowait=True)
+            raise ConnectionError(str(error)) from error
 
-class _Tcp(_Cancellable, Connection):
-    """redis://."""
+
+class Tcp(_Cancellable, Connection):
+    """redis://, and sentinels."""
 
 
 class _Tls(_Cancellable, SSLConnection):
@@ -60,7 +77,7 @@ class _Unix(_Cancellable, UnixDomainSocketConnection):
     """unix://."""
 
 
-_CLASSES = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
+_CLASSES = {Connection: Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
 
 
 def make_cancellable(pool: aioredis.ConnectionPool) -> None:

@@ -33,6 +33,13 @@ class StoreUnavailable(RtsError):
         self.reason = reason
 
 
+class NotReplicated(RtsError):
+    """No replica of Redis confirmed a request in time, and none is accepted without."""
+
+    def __init__(self) -> None:
+        super().__init__("No replica of the queue confirmed the request; try again in a moment")
+
+
 class LogExpired(RtsError):
     """A request's token log is gone: it ended too long ago, or Redis lost its data.
 

@@ -24,8 +24,17 @@ ENDED = PREFIX + "ended"
 DEAD = PREFIX + "dead"
 """Stream of dead letters. Written by take, read by operators. Trimmed by control after 7 days."""
 
+SERVER = PREFIX + "server"
+"""Hash run (id of the server's process), since (ms, when it was first met). greet, take. Stays."""
+
+IDENTITY = PREFIX + "id"
+"""String, random: another one after the data were lost. Whoever asks first; gateways. Stays."""
+
 SECRET = PREFIX + "secret"
 """String, random: makes request ids of Idempotency-Keys. First gateway that needs it. Stays."""
+
+MARK = PREFIX + "mark"
+"""Channel that nobody listens to. A strict enqueue publishes on it: a write without a key."""
 
 
 def model_version(model: str, version: str) -> str:
@@ -54,7 +63,21 @@ def count(mv: str, cls: str) -> str:
 
 
 def request(rid: str) -> str:
-    """Hash of a request. enqueue, take, emit, finish; gateways read. Deadline + 300 s; keep."""
+    """Hash of a request. enqueue, take, emit, leave, finish; gateways. Deadline + 300 s; keep.
+
+    Fields:
+        st: w waiting, r running, e ended. mv, cls, caller: whose. eid: its entry in the queue, ""
+            while it is in a lane.
+        dig: digest of the body. body, size: messages.Request, until the end, and its bytes.
+            view: messages.View.
+        own: `<epoch>:<engine>`, the fence. ep: the last epoch given.
+        seq: last token in the log. pr: rows that the present owner computed. hw: most rows that any
+            owner computed. mark: hw when it was taken. deaths: of owners in a row with hw = mark.
+        dl: deadline (ms). grace, keep: durations (ms). unheard: since when nobody listens (ms).
+        t0, t1, t2, t3: queued, first taken, first token, ended (ms). reason: how it ended.
+        pt: prompt tokens. charge, att: tokens charged, and by which attempt. tk: ticket.
+        ct: a gateway has counted its end; set by the first one (HSETNX).
+    """
     return f"{PREFIX}r:{rid}"
 
 

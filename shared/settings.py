@@ -12,11 +12,12 @@ import ipaddress
 import math
 import re
 import sys
-import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from shared.redis_url import check_redis_url
 
 ENV_PREFIX = "RTS_"
 DEMO_MODEL = "smollm2-135m"
@@ -76,7 +77,8 @@ class Settings:
 
     redis_url: str = _setting(
         "",
-        "Redis or Valkey >= 7.0: redis://, rediss:// or unix://; empty = `up` starts one",
+        "Redis or Valkey >= 7.0: redis://, rediss://, unix:// or sentinel:// (docs/redis.md); "
+        "empty = `up` starts one",
         _ALL,
         secret=True,
     )
@@ -142,6 +144,11 @@ class Settings:
         _GATEWAY,
         low=65_536,
         high=2**40,
+    )
+    strict: bool = _setting(
+        False,
+        "accept a request only once a replica has it, and none without a replica (docs/redis.md)",
+        _GATEWAY,
     )
     max_connections: int = _setting(
         2000, "most open client connections of one gateway", _GATEWAY, low=1, high=1_000_000
@@ -228,6 +235,14 @@ class Settings:
     )
     drain_grace_s: float = _setting(
         30.0, "time that SIGTERM leaves to running streams, in s", _BOTH, low=0, high=3600
+    )
+    drain_delay_s: float = _setting(
+        0.0,
+        "time after SIGTERM that a gateway is not ready and still serves, in s: longer than a load "
+        "balancer takes to notice",
+        _GATEWAY,
+        low=0,
+        high=3600,
     )
     retention_s: float = _setting(
         30.0, "a finished stream can be read this long, in s", _GATEWAY, low=1, high=86_400
@@ -383,10 +398,10 @@ def _check_value(spec: dataclasses.Field[Any], value: Any, shown: str) -> None:
     if not good:
         raise SettingsError(f"{shown}: must be {allowed_values(spec)}")
     if spec.name == "redis_url" and value:
-        if not value.startswith(("redis://", "rediss://", "unix://")):
-            key = shown.partition("=")[0]
-            raise SettingsError(f"{key}: must start with redis://, rediss:// or unix://")
-        _check_redis_url(value, shown.partition("=")[0])
+        try:
+            check_redis_url(value)
+        except ValueError as error:
+            raise SettingsError(f"{shown.partition('=')[0]}: {error}") from None
     elif spec.name == "trusted_proxies":
         for item in filter(None, (part.strip() for part in value.split(","))):
             try:
@@ -397,25 +412,6 @@ def _check_value(spec: dataclasses.Field[Any], value: Any, shown: str) -> None:
         for item in filter(None, (part.strip() for part in value.split(","))):
             if item != "*" and not _ORIGIN.fullmatch(item):
                 raise SettingsError(f"{shown}: {item!r} is no origin like https://site.org")
-
-
-def _check_redis_url(url: str, key: str) -> None:
-    """Raises where redis-py would fail, or do what our own connection does not do as well."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        # It is read here, and may be no number.
-        parts.port  # noqa: B018
-        options = urllib.parse.parse_qs(parts.query, keep_blank_values=True)
-    except ValueError:
-        raise SettingsError(f"{key}: not a valid URL") from None
-    # What is wrong is not repeated: it may be a part of the password.
-    if options.keys() - {"db"}:
-        raise SettingsError(f"{key}: of options behind a ?, only db is supported")
-    db = options.get("db", [""])[-1]
-    if parts.scheme != "unix" and "db" not in options:
-        db = parts.path.removeprefix("/")
-    if (db or "db" in options) and not re.fullmatch("[0-9]{1,6}", db):
-        raise SettingsError(f"{key}: the database must be a number")
 
 
 def _absolute(path: Path) -> Path:

@@ -6,7 +6,9 @@ scripts are idempotent, so that they may.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from redis.exceptions import NoScriptError, RedisError
 
 from shared import keys, messages
 from shared.connection import make_cancellable
-from shared.errors import StoreUnavailable
+from shared.errors import NotReplicated, StoreUnavailable
+from shared.redis_url import is_sentinel, parse_sentinel
+from shared.sentinel import SentinelPool
 
 SCRIPTS = (
     "enqueue",
@@ -29,6 +33,8 @@ SCRIPTS = (
     "release",
     "heartbeat",
     "depart",
+    "greet",
+    "leave",
     "limit",
     "attach",
     "refund",
@@ -40,6 +46,10 @@ MAX_DEATHS = 3
 """Deaths without progress after which a request is a dead letter."""
 DOUBT_MS = 150
 """A lease older than this makes take ask whether the engine's control channel is listened to."""
+REPLICA_MS = 500
+"""Longest wait for a replica to have what was enqueued."""
+REPLICA_WAITS = 8
+"""Most such waits at once: without a replica they hold their connections, others need some, too."""
 TAKE_BYTES = 4 * 1024 * 1024
 """take stops once it has handed over this many bytes of bodies."""
 
@@ -61,7 +71,12 @@ class Enqueued:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One request handed to an engine. `epoch` and the engine's id are the fence."""
+    """One request handed to an engine. `epoch` and the engine's id are the fence.
+
+    Attributes:
+        deaths: of earlier owners, one after the other without progress; above 0 it is a suspect.
+        progress: most rows that any of them computed.
+    """
 
     rid: str
     epoch: int
@@ -70,14 +85,14 @@ class Taken:
     cls: int
     waited_ms: int
     deaths: int
+    progress: int
 
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Answer of take: requests, the best class still waiting (-1: none), and how many wait."""
+    """Answer of take: requests, and how many still wait."""
 
     requests: list[Taken]
-    best_waiting: int
     waiting: int
 
 
@@ -135,13 +150,18 @@ def _enqueued(reply: list[Any]) -> Enqueued:
 
 
 class Script:
-    """One Lua script, sent by its hash, and whole when the server does not know it."""
+    """One Lua script, sent by its hash, and whole when the server does not know it.
+
+    Its first line says whether it writes, and stays the first one: common.lua comes after it.
+    """
 
     def __init__(self, client: aioredis.Redis, name: str) -> None:
         folder = resources.files("shared").joinpath("scripts")
         common = folder.joinpath("common.lua").read_text()
-        self._source = common + "\n" + folder.joinpath(f"{name}.lua").read_text()
+        shebang, _, body = folder.joinpath(f"{name}.lua").read_text().partition("\n")
+        self._source = f"{shebang}\n{common}\n{body}"
         self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+        self._client = client
         self._execute: Any = client.execute_command
 
     async def __call__(self, *args: str | bytes | int | float) -> Any:
@@ -157,6 +177,35 @@ class Script:
                 # The server was restarted or its scripts were flushed.
                 return await self._execute("EVAL", self._source, 0, *args)
 
+    async def replicated(self, *args: str | bytes | int | float) -> Any:
+        """Runs it, and waits until a replica has what it wrote, now or by an earlier call.
+
+        Raises:
+            StoreUnavailable: as above.
+            NotReplicated: no replica has it; the server may.
+        """
+        async with unavailable():
+            answer = await self._and_wait("EVALSHA", self._sha, 0, *args)
+            if isinstance(answer, NoScriptError):
+                answer = await self._and_wait("EVAL", self._source, 0, *args)
+            if isinstance(answer, Exception):
+                raise answer
+        return answer
+
+    async def _and_wait(self, *command: str | bytes | int | float) -> Any:
+        # On one connection: after a failover the next one may be to another server.
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.execute_command(*command)
+            # WAIT is about what its own connection wrote, and a repeated call writes nothing.
+            pipe.publish(keys.MARK, b"")
+            pipe.execute_command("WAIT", 1, REPLICA_MS)
+            answer, _, replicas = await pipe.execute(raise_on_error=False)
+        if isinstance(replicas, Exception):
+            raise replicas
+        if replicas < 1:
+            raise NotReplicated
+        return answer
+
 
 @asynccontextmanager
 async def unavailable() -> AsyncIterator[None]:
@@ -169,15 +218,17 @@ async def unavailable() -> AsyncIterator[None]:
 
 def connect(url: str, *, timeout_s: float, connections: int = 16) -> aioredis.Redis:
     """A client that answers or fails within `timeout_s`, and never retries by itself."""
-    pool = aioredis.BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=timeout_s,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        retry=None,
-        retry_on_error=[],
-    )
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "timeout": timeout_s,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": None,
+        "retry_on_error": [],
+    }
+    if is_sentinel(url):
+        return aioredis.Redis(connection_pool=SentinelPool(parse_sentinel(url), **options))
+    pool = aioredis.BlockingConnectionPool.from_url(url, **options)
     make_cancellable(pool)
     return aioredis.Redis(connection_pool=pool)
 
@@ -188,10 +239,20 @@ class Store:
     def __init__(self, client: aioredis.Redis) -> None:
         self.client = client
         self._run = {name: Script(client, name) for name in SCRIPTS}
+        self._replica_waits = asyncio.Semaphore(REPLICA_WAITS)
 
     async def close(self) -> None:
         """Closes the client's connections."""
         await self.client.aclose(close_connection_pool=True)
+
+    async def identity(self) -> bytes:
+        """The name of these data: another one means that they were lost."""
+        async with unavailable():
+            found = await self.client.get(keys.IDENTITY)
+            if found is None:
+                mine = secrets.token_hex(16).encode()
+                found = await self.client.set(keys.IDENTITY, mine, nx=True, get=True) or mine
+        return bytes(found)
 
     # -- gateways --
 
@@ -245,12 +306,16 @@ class Store:
         queue_limit: int,
         queue_bytes: int,
         resumable: bool,
+        strict: bool = False,
     ) -> Enqueued:
         """Puts a request on its queue, or says why not. The same one again is `attached`.
 
         A repeated call of the same `attempt` is `accepted` as the first one was.
+
+        Raises:
+            NotReplicated: `strict`, and no replica has it. It may be queued nevertheless.
         """
-        reply = await self._run["enqueue"](
+        args = (
             request.rid,
             keys.model_version(request.model, request.version),
             cls,
@@ -266,12 +331,22 @@ class Store:
             queue_bytes,
             messages.encode(request.view(resumable=resumable)),
         )
-        return _enqueued(reply)
+        if not strict:
+            return _enqueued(await self._run["enqueue"](*args))
+        async with self._replica_waits:
+            return _enqueued(await self._run["enqueue"].replicated(*args))
 
     async def cancel(self, rid: str, caller: str, reason: str = "cancelled") -> str:
         """Ends a request: unknown (or another caller's), cancelled, or ended (before)."""
         code = await self._run["cancel"](rid, caller, reason)
         return ("unknown", "cancelled", "ended")[code]
+
+    async def leave(self, rid: str, caller: str) -> bool:
+        """Notes that nobody listens to a kept request any more; False where that is not so.
+
+        To be called once the channel is unsubscribed. Its grace time runs from then on.
+        """
+        return int(await self._run["leave"](rid, caller)) == 1
 
     async def expire(self, most: int = 256) -> list[str]:
         """Ends requests whose deadline has passed; returns their ids."""
@@ -298,9 +373,14 @@ class Store:
         *,
         lease_ms: int,
         aging_ms: int,
+        calm: bool = True,
         known: Sequence[str] | None = None,
     ) -> Take:
-        """Hands over up to `room` requests; with `known`, also those of a lost reply."""
+        """Hands over up to `room` requests; with `known`, also those of a lost reply.
+
+        A suspect comes alone, and only to an engine that is `calm`: each of its requests, if it
+        has any, has made progress there.
+        """
         reply = await self._run["take"](
             mv,
             engine,
@@ -311,11 +391,12 @@ class Store:
             ENGINE_TTL_MS,
             MAX_DEATHS,
             DOUBT_MS,
+            int(calm),
             -1 if known is None else len(known),
             *(known or ()),
         )
         taken = [Taken(item[0].decode(), *item[1:]) for item in reply[0]]
-        return Take(taken, reply[1], reply[2])
+        return Take(taken, reply[1])
 
     async def wait_for_work(self, mv: str, timeout_s: float) -> None:
         """Returns when a request was enqueued that nobody was woken for, or after the time."""
@@ -355,6 +436,10 @@ class Store:
             model, version, engine, messages.encode(card), ENGINE_TTL_MS
         )
         return str(reply.decode())
+
+    async def greet(self) -> None:
+        """Notes which server this is; for an engine whose control channel is subscribed."""
+        await self._run["greet"]()
 
     async def depart(self, mv: str, engine: str) -> bool:
         """Forgets an engine; False while it still owns requests, which others take over."""

@@ -85,10 +85,17 @@ class Intake:
                 await self._admit()
 
     def _room(self) -> int:
+        if self._outbox.on_trial:
+            return 0
         return min(self._driver.room, self._max_batch_size - len(self._outbox.streams))
 
     async def _wait_for_reason(self) -> None:
         """Returns when something may be there to take: news from a step, a wake token, or time."""
+        if self._outbox.on_trial and not self._unsure:
+            while self._outbox.on_trial and not self._stopping:
+                await self._outbox.sent(LOOK_S)
+            # The next suspect may have been waiting for this.
+            return
         if not self._outbox.streams:
             await self._store.wait_for_work(self._mv, LOOK_S)
             return
@@ -104,17 +111,18 @@ class Intake:
         if room <= 0 and not self._unsure:
             return
         idle = not self._outbox.streams
-        taken = await self._take(max(0, room))
-        if taken and idle and len(taken) < room and self._max_wait_s:
+        taken = await self._take(max(0, room), calm=self._outbox.calm)
+        alone = any(item.deaths for item in taken)
+        if taken and idle and not alone and len(taken) < room and self._max_wait_s:
             await asyncio.sleep(self._max_wait_s)
-            taken += await self._take(room - len(taken))
+            taken += await self._take(room - len(taken), calm=False)
         opened = [await self._open(item) for item in taken]
         for stream in opened:
             if stream is not None:
                 self._outbox.add(stream)
                 self._driver.add(stream.engine_request())
 
-    async def _take(self, room: int) -> list[Taken]:
+    async def _take(self, room: int, *, calm: bool) -> list[Taken]:
         known = [s.rid for s in self._outbox.streams.values()] if self._unsure else None
         take = await self._store.take(
             self._mv,
@@ -122,6 +130,7 @@ class Intake:
             room,
             lease_ms=self._lease_ms,
             aging_ms=self._aging_ms,
+            calm=calm,
             known=known,
         )
         self._unsure = False

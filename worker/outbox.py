@@ -53,6 +53,16 @@ class Outbox:
         """A stream that this worker took."""
         self.streams[stream.name] = stream
 
+    @property
+    def calm(self) -> bool:
+        """Whether every stream has made progress here: then a death now is held against none."""
+        return all(stream.proven for stream in self.streams.values())
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether there is a suspect that has made no progress here: nothing may join it."""
+        return any(stream.suspect and not stream.proven for stream in self.streams.values())
+
     def on_step(self, outputs: list[StepOutput]) -> None:
         """What the engine generated."""
         for output in outputs:
@@ -113,12 +123,12 @@ class Outbox:
         if stream is None:
             return None
         if answer.outcome in ("ok", "duplicate"):
-            stream.acknowledge(emission.last)
+            stream.acknowledge(emission)
             if emission.reason:
                 del self.streams[name]
             return None
         if answer.outcome == "gap":
-            stream.acknowledge(answer.seq)
+            stream.rewind(answer.seq)
             return stream
         if answer.outcome == "fenced":
             self.fenced += 1

@@ -18,11 +18,12 @@ PING_S = 0.25
 SILENT_S = 1.0
 
 
-async def listen(url: str, engine: str, heard: asyncio.Event) -> None:
+async def listen(store: Store, url: str, engine: str, heard: asyncio.Event) -> None:
     """Stays subscribed to the engine's control channel, for ever; `heard` is set while it is.
 
     Other engines count the subscribers: a killed process is noticed at once, long before its lease
-    runs out.
+    runs out. A new server is greeted first: from then on it counts how long others have had to come
+    back.
     """
     while True:
         client = connect(url, timeout_s=5.0, connections=1)
@@ -30,7 +31,7 @@ async def listen(url: str, engine: str, heard: asyncio.Event) -> None:
             async with unavailable():
                 pubsub = client.pubsub()
                 await pubsub.subscribe(keys.control_channel(engine))
-                await _watch(pubsub, heard)
+                await _watch(store, pubsub, heard)
         except StoreUnavailable as error:
             log.warning("control channel lost", extra={"error": error.reason})
             await asyncio.sleep(0.1)
@@ -39,7 +40,7 @@ async def listen(url: str, engine: str, heard: asyncio.Event) -> None:
             await client.aclose(close_connection_pool=True)
 
 
-async def _watch(pubsub: Any, heard: asyncio.Event) -> None:
+async def _watch(store: Store, pubsub: Any, heard: asyncio.Event) -> None:
     """Asks for a sign of life: a half-open connection would be silent for ever."""
     loop = asyncio.get_running_loop()
     heard_at = loop.time()
@@ -48,6 +49,7 @@ async def _watch(pubsub: Any, heard: asyncio.Event) -> None:
         while (message := await pubsub.get_message(timeout=PING_S)) is not None:
             heard_at = loop.time()
             if message["type"] == "subscribe":
+                await store.greet()
                 heard.set()
             elif message["type"] == "pong":
                 await asyncio.sleep(PING_S)

@@ -25,6 +25,8 @@ class Stream:
     Attributes:
         name: of this ownership in the engine: the step under way when a request was lost must not
             write into the stream of the same request taken again.
+        suspect: earlier owners died of it, or beside it, and nobody made progress since.
+        proven: Redis knows of progress beyond what earlier owners made.
     """
 
     def __init__(
@@ -38,18 +40,21 @@ class Stream:
         self.epoch = taken.epoch
         self.name = name_of(taken.rid, taken.epoch)
         self.request = request
+        self.suspect = taken.deaths > 0
+        self.proven = False
+        self._mark = taken.progress
         self._cls = taken.cls
         self._waited_ms = taken.waited_ms
-        self._earlier = [token.id for token in earlier]
-        self._base = len(earlier)
-        self._tokens: list[messages.Token] = []
-        self._acknowledged = self._base
+        self._earlier = len(earlier)
+        # All of them: a failover may have lost tokens of earlier owners, too.
+        self._tokens = list(earlier)
+        self._acknowledged = self._earlier
         self._progress = 0
         self._end: messages.End | None = None
         self._text = TextStream(vocabulary, request.sampling.stop, request.prompt)
-        for token_id in self._earlier:
+        for token in earlier:
             # Stop strings and characters may straddle the change of owner.
-            self._text.push(token_id)
+            self._text.push(token.id)
         self._taken_at = time.monotonic()
         self._first_at = 0.0
 
@@ -73,7 +78,7 @@ class Stream:
                 stop_ids=frozenset(sampling.stop_ids),
                 ignore_eos=sampling.ignore_eos,
             ),
-            generated=self._earlier,
+            generated=[token.id for token in self._tokens[: self._earlier]],
             priority=self._cls,
         )
 
@@ -113,7 +118,7 @@ class Stream:
     def emission(self) -> Emission:
         """Everything that Redis has not acknowledged."""
         first = self._acknowledged + 1
-        fresh = self._tokens[self._acknowledged - self._base :]
+        fresh = self._tokens[self._acknowledged :]
         tokens = b""
         if fresh:
             tokens = messages.encode(messages.Tokens(messages.VERSION, first, fresh))
@@ -125,6 +130,13 @@ class Stream:
             self.rid, self.epoch, first, last, tokens, self._progress, self._end.reason, end
         )
 
-    def acknowledge(self, seq: int) -> None:
-        """Redis has the tokens up to number `seq`; after a failover it may be fewer than before."""
-        self._acknowledged = min(max(seq, self._base), self._base + len(self._tokens))
+    def acknowledge(self, emission: Emission) -> None:
+        """Redis has what this emission said."""
+        self._acknowledged = emission.last
+        # A token more than before is progress, too, where an engine cannot count its rows.
+        if emission.progress > self._mark or emission.last > self._earlier:
+            self.proven = True
+
+    def rewind(self, seq: int) -> None:
+        """Redis has the tokens up to number `seq` alone: a failover may lose some."""
+        self._acknowledged = min(seq, len(self._tokens))

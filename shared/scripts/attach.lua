@@ -1,3 +1,4 @@
+#!lua flags=no-writes
 -- Looks for a request that a repeated Idempotency-Key may attach to; changes nothing.
 -- Keys: rts:r:<rid> rts:l:<rid>
 -- ARGV: 1 rid, 2 caller, 3 digest of the body

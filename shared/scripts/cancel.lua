@@ -1,3 +1,4 @@
+#!lua
 -- Ends a request at once, waiting or running; its engine learns it from its next emit.
 -- Keys: those of finish()
 -- ARGV: 1 rid, 2 caller or '' for anyone, 3 reason

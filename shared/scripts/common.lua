@@ -1,6 +1,8 @@
--- Prepended to every script. Helpers that touch keys:
+-- Stands in every script below its first line, by which a server that is full, read-only or cannot write to
+-- its disk refuses the script as a whole. A full one would else let take hand over requests and refuse their
+-- tokens. Helpers that touch keys:
 --   rts:r:<rid> rts:l:<rid> rts:q:<queue> rts:lane:<queue>:<caller> rts:turn:<queue> rts:count:<queue>
---   rts:due rts:owns:<mv> rts:leases:<mv> rts:ended rts:b:<caller>
+--   rts:due rts:owns:<mv> rts:leases:<mv> rts:ended rts:b:<caller> rts:server
 -- <mv> is model@version, <queue> is <mv>:<class>. All times are milliseconds of Redis' own clock.
 
 local CLASSES = {'high', 'normal', 'low'}
@@ -18,6 +20,25 @@ end
 -- Lua prints large numbers with %.14g, which is not an integer any more.
 local function int(x)
   return string.format('%.0f', x)
+end
+
+-- Whether everybody had the time of two leases to come back since this server started, or took the place
+-- of another. A promoted replica has been up for long, so a server is known by its run.
+local function settled(lease, now)
+  local info = redis.call('INFO', 'server')
+  local run = string.match(info, 'run_id:(%w+)')
+  local known = redis.call('HMGET', 'rts:server', 'run', 'since')
+  local since = tonumber(known[2])
+  if known[1] ~= run then
+    -- Where no server was noted the data are new, and nobody was connected to another one.
+    since = known[1] and now or now - tonumber(string.match(info, 'uptime_in_seconds:(%d+)')) * 1000
+    redis.call('HSET', 'rts:server', 'run', run, 'since', int(since))
+  end
+  return now - since >= 2 * lease
+end
+
+local function is_heard(rid)
+  return redis.call('PUBSUB', 'NUMSUB', 'rts:l:' .. rid)[2] > 0
 end
 
 -- msgpack of messages.End(reason), as [version, reason, code, message, timings]. reason < 32 bytes.

@@ -1,3 +1,4 @@
+#!lua
 -- Forgets an engine that is gone. What it still owns stays, to be taken over; only then its consumers go.
 -- Keys: rts:engines:<mv> rts:cards:<mv> rts:q:<queue>
 -- ARGV: 1 mv, 2 engine

@@ -1,3 +1,4 @@
+#!lua
 -- Appends one step's tokens of all sequences of an engine to their logs and publishes them.
 -- Keys: rts:r:<rid> rts:l:<rid> rts:leases:<mv> rts:count:<queue>, and those of finish()
 -- ARGV: 1 mv, 2 engine, then 8 for each sequence: rid, epoch, first seq, last seq (first - 1: no tokens),
@@ -24,7 +25,7 @@ end
 for i = 3, #ARGV, 8 do
   local rid, first, last = ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
   local key = 'rts:r:' .. rid
-  local v = redis.call('HMGET', key, 'st', 'own', 'seq', 'dl', 'unheard', 'grace', 'pr')
+  local v = redis.call('HMGET', key, 'st', 'own', 'seq', 'dl', 'unheard', 'grace', 'pr', 'hw')
   local seq = tonumber(v[3])
   if not v[1] then
     answer(5, 0)
@@ -41,14 +42,16 @@ for i = 3, #ARGV, 8 do
     answer(3, seq)
   else
     local ended, fresh = nil, last >= first and last > seq
+    -- A token that nobody had is a row that nobody had, also where an engine cannot count its rows.
+    local most = math.max(tonumber(v[8]) + (fresh and 1 or 0), tonumber(ARGV[i + 5]))
     if fresh then
       local log = 'rts:l:' .. rid
       redis.call('XADD', log, last .. '-0', 'd', ARGV[i + 4])
       if seq == 0 then
-        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5], 't2', int(now))
+        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5], 'hw', most, 't2', int(now))
         redis.call('PEXPIREAT', log, int(tonumber(v[4]) + 300000))
       else
-        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5])
+        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5], 'hw', most)
       end
       local heard = redis.call('PUBLISH', log, last .. '-0 ' .. ARGV[i + 4])
       if heard > 0 then
@@ -61,7 +64,7 @@ for i = 3, #ARGV, 8 do
         ended = 'abandoned'
       end
     elseif v[7] ~= ARGV[i + 5] then
-      redis.call('HSET', key, 'pr', ARGV[i + 5])
+      redis.call('HSET', key, 'pr', ARGV[i + 5], 'hw', most)
     end
     if ARGV[i + 6] ~= '' then
       finish(rid, ARGV[i + 6], ARGV[i + 7], now)

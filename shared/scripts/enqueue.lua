@@ -1,3 +1,4 @@
+#!lua
 -- Puts a request on its queue, or refuses it.
 -- Keys: rts:r:<rid> rts:q:<queue> rts:lane:<queue>:<caller> rts:turn:<queue> rts:count:<queue>
 --       rts:open:<mv> rts:due rts:wake:<mv> rts:l:<rid> rts:charge:<attempt>
@@ -47,8 +48,8 @@ local charge = redis.call('GETDEL', 'rts:charge:' .. ARGV[11]) or 0
 -- An earlier run of this id leaves nothing but its epoch: who owned it then must not own this one.
 redis.call('DEL', key, 'rts:l:' .. rid)
 redis.call('HSET', key, 'st', 'w', 'mv', mv, 'cls', cls, 'eid', eid, 'caller', caller, 'dig', ARGV[5],
-  'body', ARGV[6], 'size', size, 'own', '0:', 'ep', earlier[2] or 0, 'seq', 0, 'pr', 0, 'mark', 0, 'deaths', 0,
-  'dl', int(deadline), 'grace', ARGV[8], 'keep', ARGV[9], 't0', int(now), 'pt', ARGV[10],
+  'body', ARGV[6], 'size', size, 'own', '0:', 'ep', earlier[2] or 0, 'seq', 0, 'pr', 0, 'hw', 0, 'mark', 0,
+  'deaths', 0, 'dl', int(deadline), 'grace', ARGV[8], 'keep', ARGV[9], 't0', int(now), 'pt', ARGV[10],
   'charge', charge, 'att', ARGV[11], 'tk', ticket, 'view', ARGV[14])
 -- Long enough for whoever ends it at its deadline, and for a reader who comes late.
 redis.call('PEXPIREAT', key, int(deadline + 300000))

@@ -1,3 +1,4 @@
+#!lua
 -- Ends requests whose deadline has passed, whoever owns them. Any gateway or janitor may call it.
 -- Keys: rts:due, and those of finish()
 -- ARGV: 1 most requests to end

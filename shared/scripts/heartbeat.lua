@@ -1,3 +1,4 @@
+#!lua
 -- Announces a live engine, once a second, and makes its version the live one where there is no other.
 -- Keys: rts:engines:<mv> rts:cards:<mv> rts:open:<mv> rts:m:<model> rts:models
 --       rts:q:<queue> (consumers of engines that are gone)

@@ -1,3 +1,4 @@
+#!lua
 -- Charges one request and its tokens to a caller's two buckets, both or neither.
 -- The generic cell rate algorithm: a bucket is one time (TAT), the exact form of a token bucket that
 -- holds one minute's worth. Source: ITU-T I.371, virtual scheduling. A TAT is in microseconds since

@@ -1,3 +1,4 @@
+#!lua
 -- Takes back an attempt to enqueue: ends the request that it put there, or gives back what it was charged.
 -- Keys: rts:charge:<attempt> rts:b:<caller>, and those of finish()
 -- ARGV: 1 rid, 2 caller, 3 attempt

@@ -1,3 +1,4 @@
+#!lua
 -- A draining engine hands requests back, to be taken at once by another one. No death is counted.
 -- Keys: rts:r:<rid> rts:q:<queue> rts:owns:<mv> rts:leases:<mv> rts:wake:<mv>
 -- ARGV: 1 mv, 2 engine, then pairs: rid, epoch

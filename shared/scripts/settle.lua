@@ -1,3 +1,4 @@
+#!lua
 -- Gives back what a request was charged but did not use. Once for each fact, however often it is called.
 -- Keys: rts:b:<caller> rts:settled:<fact>
 -- ARGV: 1 caller, 2 id of the ended fact, 3 tokens to give back

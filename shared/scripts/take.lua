@@ -1,17 +1,23 @@
+#!lua
 -- Hands waiting and orphaned requests to an engine that has room.
 -- Keys: rts:q:<queue> rts:r:<rid> rts:lane:* rts:turn:* rts:count:<queue> rts:engines:<mv> rts:leases:<mv>
---       rts:owns:<mv> rts:w:<engine> (channel, only counted) rts:dead rts:l:<rid> rts:ended rts:due
+--       rts:owns:<mv> rts:w:<engine> (channel, only counted) rts:dead rts:server, and those of finish()
 -- ARGV: 1 mv, 2 engine, 3 room, 4 lease (ms), 5 aging (ms), 6 most bytes of bodies, 7 engine ttl (ms),
 --       8 most deaths without progress, 9 ms without a heartbeat after which the control channel is asked,
---       10 number of ids known to the engine or -1, 11.. these ids
--- With ARGV[10] >= 0 it also returns what the engine owns but does not know (a reply was lost).
+--       10 calm: 1 if every sequence of the engine has made progress there, else 0,
+--       11 number of ids known to the engine or -1, 12.. these ids
+-- With ARGV[11] >= 0 it also returns what the engine owns but does not know (a reply was lost).
 -- Order: class, in a class orphans first, then age. Each aging period counts a request one class higher,
 --   orphans too, or a busy queue of a better class would keep a broken stream waiting until its deadline.
--- Returns {requests, best class still waiting (0-2) or -1, number still waiting}; a request is
---   {rid, epoch, body, seq, class (0-2), ms waited, deaths}.
+-- A suspect is a request with a death after which nobody made progress. It is taken by a calm engine only and
+--   as the only one of a call, so that its next death is held against nobody else. Until then it holds up what
+--   comes after it.
+-- What waited unheard for longer than its grace is not taken but ends.
+-- Returns {requests, number still waiting}; a request is
+--   {rid, epoch, body, seq, class (0-2), ms waited, deaths, most rows computed by any owner}.
 local mv, engine, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease, aging, max_bytes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local max_deaths, doubt = tonumber(ARGV[8]), tonumber(ARGV[9])
+local max_deaths, doubt, calm = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10] == '1'
 local now = now_ms()
 local out, out_bytes, mine = {}, 0, 0
 -- One call ends at most so many requests past their deadlines beside those it takes; the rest is the next
@@ -31,21 +37,27 @@ end
 local function own(rid, v, class)
   local key = 'rts:r:' .. rid
   local epoch = redis.call('HINCRBY', key, 'ep', 1)
-  redis.call('HSET', key, 'own', epoch .. ':' .. engine, 'st', 'r', 't1', v.t1 or int(now), 'mark', v.pr)
+  redis.call('HSET', key, 'own', epoch .. ':' .. engine, 'st', 'r', 't1', v.t1 or int(now), 'hw', v.hw,
+    'mark', v.hw)
   redis.call('HINCRBY', owns, engine, 1)
   mine = mine + 1
-  out[#out + 1] = {rid, epoch, v.body, tonumber(v.seq), class - 1, math.max(0, now - v.t0), v.deaths}
+  out[#out + 1] = {rid, epoch, v.body, tonumber(v.seq), class - 1, math.max(0, now - v.t0), v.deaths, v.hw}
   out_bytes = out_bytes + #v.body
+  -- A suspect stays alone.
+  room = v.deaths > 0 and 0 or room - 1
 end
 
 local function read(rid)
   local f = redis.call('HMGET', 'rts:r:' .. rid, 'st', 'body', 'seq', 't0', 'dl', 'pr', 'mark', 'deaths',
-    'own', 'size', 'caller', 'eid', 't1')
+    'own', 'size', 'caller', 'eid', 't1', 'unheard', 'grace', 'hw')
   if not f[1] then
     return nil
   end
-  return {st = f[1], body = f[2], seq = f[3], t0 = tonumber(f[4]), dl = tonumber(f[5]), pr = f[6],
-    mark = f[7], deaths = tonumber(f[8]), owner = f[9], size = tonumber(f[10]), caller = f[11], eid = f[12], t1 = f[13]}
+  return {st = f[1], body = f[2], seq = f[3], t0 = tonumber(f[4]), dl = tonumber(f[5]),
+    -- An owner of release 0.1 kept pr alone.
+    hw = math.max(tonumber(f[16] or 0), tonumber(f[6])), mark = tonumber(f[7]), deaths = tonumber(f[8]),
+    owner = f[9], size = tonumber(f[10]), caller = f[11], eid = f[12], t1 = f[13], unheard = tonumber(f[14]),
+    grace = tonumber(f[15])}
 end
 
 -- An owned entry whose request's hash expired, or came again and is somewhere else by now.
@@ -57,9 +69,9 @@ local function drop(class, id, owner)
 end
 
 -- 1. What the engine owns and does not know. No death is counted: nobody died.
-if tonumber(ARGV[10]) >= 0 then
+if tonumber(ARGV[11]) >= 0 then
   local known = {}
-  for i = 11, #ARGV do
+  for i = 12, #ARGV do
     known[ARGV[i]] = true
   end
   for class = 1, 3 do
@@ -73,7 +85,6 @@ if tonumber(ARGV[10]) >= 0 then
           if v and v.st == 'r' and v.eid == p[1] then
             redis.call('HINCRBY', owns, engine, -1)
             own(rid, v, class)
-            room = room - 1
           else
             drop(class, p[1], engine)
           end
@@ -87,18 +98,17 @@ end
 local dead = {}
 if room > 0 then
   local stalest = redis.call('ZRANGE', leases, 0, 3, 'WITHSCORES')
-  local settled = nil
+  local sure = nil
   for i = 1, #stalest, 2 do
     local other, age = stalest[i], now - tonumber(stalest[i + 1])
     if other == NOBODY then
       dead[#dead + 1] = other
     elseif other ~= engine and age > doubt then
-      if settled == nil then
-        -- Just after a restart of Redis every lease is old and nobody has reconnected yet.
-        local up = string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)')
-        settled = tonumber(up) * 1000 >= 2 * lease
+      if sure == nil then
+        -- Just after a restart or a failover every lease is old and nobody has reconnected yet.
+        sure = settled(lease, now)
       end
-      if settled and (age > lease or redis.call('PUBSUB', 'NUMSUB', 'rts:w:' .. other)[2] == 0) then
+      if sure and (age > lease or redis.call('PUBSUB', 'NUMSUB', 'rts:w:' .. other)[2] == 0) then
         dead[#dead + 1] = other
       end
     end
@@ -172,10 +182,15 @@ local function peek(class)
     level = level_of(class, t)}
 end
 
-local waiting = 0
-for class = 1, 3 do
-  waiting = waiting + tonumber(redis.call('HGET', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'waiting') or 0)
+local function count_waiting()
+  local n = 0
+  for class = 1, 3 do
+    n = n + tonumber(redis.call('HGET', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'waiting') or 0)
+  end
+  return n
 end
+
+local waiting = count_waiting()
 local share = 0
 if waiting > 0 and room > 0 then
   for class = 1, 3 do
@@ -187,33 +202,51 @@ if waiting > 0 and room > 0 then
 end
 
 -- 4. Take, best first.
+-- Returns false when it is a suspect that cannot be alone here: then nothing has changed.
 local function take_orphan(class)
   local id, other, rid = first[class].id, first[class].other, first[class].rid
-  peek_orphan(class)
   local v = rid and read(rid)
   if not v or v.st ~= 'r' or v.eid ~= id then
     drop(class, id, other)
-    return
-  end
-  if v.dl <= now then
+  elseif v.dl <= now then
     finish(rid, 'timeout', end_blob('timeout'), now)
-    return
-  end
-  if other ~= NOBODY then
+  else
     -- Only deaths without progress tell a poisonous request from an unlucky one.
-    v.deaths = v.pr == v.mark and v.deaths + 1 or 0
-    redis.call('HSET', 'rts:r:' .. rid, 'deaths', v.deaths)
-    if v.deaths >= max_deaths then
+    local deaths = v.hw <= v.mark and v.deaths + (other == NOBODY and 0 or 1) or 0
+    if deaths >= max_deaths then
       redis.call('XADD', 'rts:dead', '*', 'rid', rid, 'caller', v.caller, 'mv', mv, 'class', CLASSES[class],
-        'why', 'engines died without progress', 'engine', other, 'deaths', v.deaths, 'body', v.body)
+        'why', 'engines died without progress', 'engine', other, 'deaths', deaths, 'body', v.body)
       finish(rid, 'engine_failed', end_blob('engine_failed'), now)
-      return
+    elseif deaths > 0 and not (calm and mine == 0) then
+      return false
+    else
+      if deaths ~= v.deaths then
+        v.deaths = deaths
+        redis.call('HSET', 'rts:r:' .. rid, 'deaths', deaths)
+      end
+      redis.call('XCLAIM', stream(class), GROUP, engine, 0, id, 'JUSTID')
+      disown(mv, other)
+      own(rid, v, class)
     end
   end
-  redis.call('XCLAIM', stream(class), GROUP, engine, 0, id, 'JUSTID')
-  disown(mv, other)
-  own(rid, v, class)
-  room = room - 1
+  peek_orphan(class)
+  return true
+end
+
+-- Whether nobody has listened for longer than the grace time, which begins here at the latest: emit has had
+-- nothing to publish.
+local function is_abandoned(rid, v)
+  if is_heard(rid) then
+    if v.unheard then
+      redis.call('HDEL', 'rts:r:' .. rid, 'unheard')
+    end
+    return false
+  end
+  if not v.unheard then
+    redis.call('HSET', 'rts:r:' .. rid, 'unheard', int(now))
+    return false
+  end
+  return now - v.unheard > v.grace
 end
 
 local function take_waiting(class)
@@ -230,11 +263,12 @@ local function take_waiting(class)
     promote(queue, head.caller)
   elseif v.dl <= now then
     finish(head.rid, 'queue_timeout', end_blob('queue_timeout'), now)
+  elseif is_abandoned(head.rid, v) then
+    finish(head.rid, 'abandoned', end_blob('abandoned'), now)
   else
     leave_waiting(queue, v.size)
     redis.call('HINCRBY', 'rts:count:' .. queue, 'running', 1)
     own(head.rid, v, class)
-    room = room - 1
     share = share - 1
     promote(queue, v.caller)
   end
@@ -262,10 +296,10 @@ while room > 0 and out_bytes < max_bytes and turns > 0 do
   if not best then
     break
   end
-  if orphan then
-    take_orphan(best)
-  else
+  if not orphan then
     take_waiting(best)
+  elseif not take_orphan(best) then
+    break
   end
 end
 if mine > 0 then
@@ -277,11 +311,4 @@ for _, other in ipairs(dead) do
   end
 end
 
-local left, best_left = 0, -1
-for class = 3, 1, -1 do
-  local n = tonumber(redis.call('HGET', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'waiting') or 0)
-  if n > 0 then
-    left, best_left = left + n, class - 1
-  end
-end
-return {out, best_left, left}
+return {out, count_waiting()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from typing import Any
 
 import aiohttp
 
@@ -169,12 +170,61 @@ async def kill_clients(stage: Stage) -> None:
             await asyncio.sleep(0.7)
 
 
+async def fail_over(stage: Stage) -> None:
+    """The primary is killed; the replica takes its place, and the old one follows it later."""
+    world, load = stage.world, stage.load
+    pair = world.pair
+    assert pair is not None
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            old = pair.primary()
+            old.kill()
+            await asyncio.to_thread(pair.wait_for_failover, old)
+            world.mark()
+            stage.ledger.follow()
+            await asyncio.sleep(1.0)
+            old.start()
+            await asyncio.to_thread(pair.wait_until_replicated)
+            await world.ready(2)
+            await asyncio.sleep(1.0)
+
+
+async def fail_over_paused(stage: Stage) -> None:
+    """The primary stands still until it is replaced, then wakes and believes that it is one."""
+    world, load = stage.world, stage.load
+    pair = world.pair
+    assert pair is not None
+    async with load.running():
+        for _ in range(stage.rounds):
+            await load.under_way()
+            old = pair.primary()
+            old.pause()
+            await asyncio.to_thread(pair.wait_for_failover, old)
+            world.mark()
+            stage.ledger.follow()
+            await asyncio.sleep(1.0)
+            old.go_on()
+            await asyncio.to_thread(pair.wait_until_replicated)
+            await world.ready(2)
+            await asyncio.sleep(1.0)
+
+
+_PAIR: Any = {
+    "replicated": True,
+    "clip": True,
+    "budgets": False,
+    "settings": {"strict": 1, "tokens_per_minute": 0},
+}
+
 SCENARIOS = (
     Scenario("Redis kill -9, restarted", kill, fast=True, clip=True),
     Scenario("Redis paused", pause, clip=True),
     Scenario("Redis memory full", full, clip=True),
     Scenario("Redis read-only", read_only, clip=True),
     Scenario("Redis append-only file, disk full", disk_full, clip=True, root=True, disk_mb=24),
+    Scenario("failover by Sentinel, strict", fail_over, **_PAIR),
+    Scenario("failover of a paused primary, strict", fail_over_paused, **_PAIR),
     Scenario("SCRIPT FLUSH", scripts_flushed),
     Scenario(
         "FLUSHALL",

@@ -36,13 +36,20 @@ class Ledger:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._client: Any = aioredis.Redis.from_url(world.redis.url, socket_timeout=5)
+        self._clients: list[Any] = []
+        self._client: Any = self._connect()
         self._began: dict[str, int] = {}
         self.wrong: list[str] = []
         self.checks_budgets = True
 
+    def _connect(self) -> Any:
+        client: Any = aioredis.Redis.from_url(self._world.data_url, socket_timeout=5)
+        self._clients.append(client)
+        return client
+
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def check_log(self, stream: Stream) -> None:
         """What a client saw is what the log says, and is what was to be generated."""
@@ -198,13 +205,21 @@ class Ledger:
             await asyncio.sleep(0.2)
         self.wrong += [f"{name.decode()} is still there" for name in names[:5]]
 
+    def follow(self) -> None:
+        """After a failover: what the old server says now does not count."""
+        self._client = self._connect()
+
     async def _ask(self, what: Callable[[], Awaitable[Any]]) -> Any:
-        """Asks a server that may be away just now."""
+        """Asks a server that may be away just now, or be replaced."""
         deadline = time.monotonic() + 30
         while True:
+            client = self._client
             try:
-                return await what()
-            except (redis.RedisError, OSError):
+                answer = await what()
+                if client is self._client:
+                    return answer
+            except (redis.RedisError, OSError, AttributeError):
+                # AttributeError: redis-py on a connection that is closed while it connects.
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.1)

@@ -53,6 +53,7 @@ class Scenario:
         stalls: whose stalls count: moved (to another worker), resumed, all.
         clip: a stall is counted from the mark on, not from the token before it.
         disk_mb: the server's data is on a small disk of its own.
+        replicated: there are a replica and sentinels.
         limit_s: longest time for one stream.
         programs: that it needs beside the Python packages. root: whether it must be root.
         settings: RTS_* without the prefix.
@@ -74,6 +75,7 @@ class Scenario:
     stalls: str = "all"
     clip: bool = False
     disk_mb: int = 0
+    replicated: bool = False
     limit_s: float = 60.0
     programs: tuple[str, ...] = ()
     root: bool = False
@@ -124,6 +126,7 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
         tcp=scenario.tcp,
         launcher=scenario.launcher,
         disk_mb=scenario.disk_mb,
+        replicated=scenario.replicated,
         **scenario.settings,
     ) as world:
         ledger = Ledger(world)

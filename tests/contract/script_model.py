@@ -26,7 +26,8 @@ redis.call = function(name, ...)
     local us = tonumber(server.call('HGET', 'test:clock', 'us'))
     return {string.format('%.0f', math.floor(us / 1e6)), string.format('%.0f', us % 1e6)}
   elseif name == 'INFO' then
-    return 'uptime_in_seconds:' .. server.call('HGET', 'test:clock', 'uptime')
+    local v = server.call('HMGET', 'test:clock', 'run', 'uptime')
+    return 'run_id:' .. v[1] .. '\\r\\nuptime_in_seconds:' .. v[2] .. '\\r\\n'
   end
   return server.call(name, ...)
 end
@@ -47,12 +48,13 @@ class Clock:
     async def stop(cls, store: Store) -> Clock:
         """Stops the clock of every script of a store at the server's present time."""
         for script in store._run.values():
-            script._source = _CLOCK_LUA + script._source
+            shebang, _, rest = script._source.partition("\n")
+            script._source = f"{shebang}{_CLOCK_LUA}{rest}"
             script._sha = hashlib.sha1(script._source.encode()).hexdigest()
         seconds, _ = await store.client.time()
         clock = cls(store.client, seconds * 1_000_000)
         await clock.advance(0)
-        await clock.set_uptime(10**6)
+        await clock.set_server("a", 10**6)
         return clock
 
     @property
@@ -63,8 +65,9 @@ class Clock:
         self.now_us += round(ms * 1000)
         await self._client.hset("test:clock", "us", str(self.now_us))
 
-    async def set_uptime(self, seconds: int) -> None:
-        await self._client.hset("test:clock", "uptime", str(seconds))
+    async def set_server(self, run: str, uptime_s: int) -> None:
+        """Which server it seems to be, and for how long it seems to be up."""
+        await self._client.hset("test:clock", mapping={"run": run, "uptime": uptime_s})
 
 
 # -- requests and tokens ------------------------------------------------------------------------
@@ -244,7 +247,7 @@ async def assert_consistent(client: aioredis.Redis, mv: str = MV) -> State:
 
 @dataclass
 class Job:
-    """One request as the model sees it."""
+    """One request as the model sees it. `best`: most rows that any owner computed."""
 
     rid: str
     caller: str
@@ -259,6 +262,7 @@ class Job:
     owner: str = ""
     epoch: int = 0
     progress: int = 0
+    best: int = 0
     mark: int = 0
     deaths: int = 0
     unheard: int | None = None
@@ -281,6 +285,9 @@ class Model:
     pending: list[list[Job]] = field(default_factory=lambda: [[], [], []])
     engines: dict[str, int] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
+    server: str = "a"
+    noted: str = ""
+    since: float = 0
     subscribed: set[str] = field(default_factory=set)
     listened: set[str] = field(default_factory=set)
     dead_letters: list[str] = field(default_factory=list)
@@ -356,36 +363,46 @@ class Model:
 
     def _own(self, job: Job, engine: str) -> tuple[str, int]:
         job.epoch += 1
-        job.owner, job.state, job.mark = engine, "r", job.progress
+        job.owner, job.state, job.mark = engine, "r", job.best
         if job not in self.pending[job.cls]:
             self.pending[job.cls].append(job)
             self.pending[job.cls].sort(key=lambda j: j.entry)
         self.leases[engine] = self.now
         return job.rid, job.epoch
 
+    def greet(self) -> None:
+        if self.noted != self.server:
+            # The first server has been up for ever.
+            self.since = self.now if self.noted else -math.inf
+            self.noted = self.server
+
     def _dead_engines(self, engine: str) -> list[str]:
         stalest = sorted(self.leases, key=lambda e: (self.leases[e], e))[:4]
         dead = []
         for other in stalest:
             age = self.now - self.leases[other]
-            silent = age > DOUBT_MS and (age > self.lease or other not in self.subscribed)
-            if other == keys.NOBODY or (other != engine and silent):
+            if other == keys.NOBODY:
                 dead.append(other)
+            elif other != engine and age > DOUBT_MS:
+                self.greet()
+                settled = self.now - self.since >= 2 * self.lease
+                if settled and (age > self.lease or other not in self.subscribed):
+                    dead.append(other)
         return dead
 
     def _level(self, job: Job) -> int:
         return max(0, job.cls - (self.now - job.t0) // self.aging)
 
     def take(
-        self, engine: str, room: int, ttl: int, known: set[str] | None = None
+        self, engine: str, room: int, ttl: int, calm: bool, known: set[str] | None = None
     ) -> list[tuple[str, int]]:
-        out = []
+        out: list[tuple[str, int]] = []
         if known is not None:
             for cls in range(3):
                 for job in [j for j in self.pending[cls] if j.owner == engine]:
                     if job.rid not in known:
                         out.append(self._own(job, engine))
-                        room -= 1
+                        room = 0 if job.deaths else room - 1
         orphans: list[list[Job]] = [[], [], []]
         for other in self._dead_engines(engine) if room > 0 else ():
             for cls in range(3):
@@ -405,14 +422,20 @@ class Model:
                 break
             *_, cls, orphan = min(candidates)
             if orphan:
-                job = orphans[cls].pop(0)
-                if self._take_orphan(job):
+                job = orphans[cls][0]
+                outcome = self._take_orphan(job, alone=calm and not out)
+                if outcome == "suspect":
+                    break
+                orphans[cls].pop(0)
+                if outcome == "taken":
                     out.append(self._own(job, engine))
-                    room -= 1
+                    room = 0 if job.deaths else room - 1
             else:
                 job = self.heads[cls][0]
                 if job.deadline <= self.now:
                     self._finish(job, "queue_timeout")
+                elif self._unheard_too_long(job):
+                    self._finish(job, "abandoned")
                 else:
                     self.heads[cls].pop(0)
                     out.append(self._own(job, engine))
@@ -421,19 +444,34 @@ class Model:
                     share -= 1
         return out
 
-    def _take_orphan(self, job: Job) -> bool:
+    def _take_orphan(self, job: Job, alone: bool) -> str:
         if job.deadline <= self.now:
             self._finish(job, "timeout")
-            return False
+            return "ended"
         old = job.owner
-        if old != keys.NOBODY:
-            job.deaths = job.deaths + 1 if job.progress == job.mark else 0
-            if job.deaths >= MAX_DEATHS:
-                self.dead_letters.append(job.rid)
-                self._finish(job, "engine_failed")
-                return False
-        job.owner = ""
+        deaths = job.deaths + (old != keys.NOBODY) if job.best == job.mark else 0
+        if deaths >= MAX_DEATHS:
+            self.dead_letters.append(job.rid)
+            self._finish(job, "engine_failed")
+            return "ended"
+        if deaths and not alone:
+            return "suspect"
+        job.deaths, job.owner = deaths, ""
         self._disown(old)
+        return "taken"
+
+    def _unheard_too_long(self, job: Job) -> bool:
+        if job.rid in self.listened:
+            job.unheard = None
+        elif job.unheard is None:
+            job.unheard = self.now
+        return job.unheard is not None and self.now - job.unheard > job.grace
+
+    def leave(self, rid: str, caller: str) -> bool:
+        job = self.jobs[rid]
+        if job.state == "e" or job.caller != caller or rid in self.listened:
+            return False
+        job.unheard = self.now
         return True
 
     def emit(
@@ -460,7 +498,7 @@ class Model:
         if last > seq and first != seq + 1:
             return "gap", seq
         fresh, ended = last >= first and last > seq, ""
-        job.progress = progress
+        job.progress, job.best = progress, max(job.best + fresh, progress)
         if fresh:
             job.tokens += texts
             if rid in self.listened:
@@ -525,7 +563,8 @@ class Model:
             assert real["st"] == job.state
             assert real["own"] == (f"{job.epoch}:{job.owner}" if job.owner else "0:")
             assert int(real["ep"]) == job.epoch
-            assert int(real["pr"]) == job.progress
+            assert [int(real[name]) for name in ("pr", "hw")] == [job.progress, job.best]
+            assert int(real["mark"]) == job.mark
             assert int(real["deaths"]) == job.deaths
             assert int(real["seq"]) == len(job.tokens)
             assert real.get("unheard") == (None if job.unheard is None else str(job.unheard))

@@ -236,3 +236,40 @@ async def test_a_silent_server_is_noticed_and_refuses_subscriptions(own_server: 
     reader.close()
     await hub.close()
     await store.close()
+
+
+async def test_a_check_finds_what_is_lost_at_once(store: Store, hub: Hub) -> None:
+    await write(store, 1)
+    reads, waits_not = await hub.subscribe(RID, replay=True), await hub.subscribe("soon queued")
+    assert (await reads.next()).seq == 1
+    reading = asyncio.create_task(reads.next())
+    await until(lambda: reads.waits)
+    await hub.check()
+    assert not reading.done()
+    await store.client.flushall()
+    await hub.check()
+    with pytest.raises(LogExpired):
+        await reading
+    # It was between subscribing and queueing, and is queued now.
+    later = asyncio.create_task(waits_not.next())
+    await store.client.publish(keys.log("soon queued"), b"1-0 " + blob(1))
+    assert (await later).seq == 1
+    for reader in (reads, waits_not):
+        reader.close()
+
+
+async def test_a_check_says_when_it_could_not_be_made(own_server: Any) -> None:
+    store = Store(connect(own_server.url, timeout_s=0.2))
+    hub = Hub(own_server.url, store)
+    await hub.start()
+    await until(lambda: hub.healthy)
+    reader = await hub.subscribe(RID)
+    reading = asyncio.create_task(reader.next())
+    await until(lambda: reader.waits)
+    own_server.pause()
+    with pytest.raises(StoreUnavailable):
+        await hub.check()
+    reading.cancel()
+    reader.close()
+    await hub.close()
+    await store.close()

@@ -26,7 +26,18 @@ from script_model import (
 
 from shared import keys, messages
 from shared.errors import StoreUnavailable
-from shared.store import TAKE_BYTES, Emission, Emitted, Enqueued, Limited, Store, Take, connect
+from shared.store import (
+    MAX_DEATHS,
+    TAKE_BYTES,
+    Emission,
+    Emitted,
+    Enqueued,
+    Limited,
+    Store,
+    Take,
+    Taken,
+    connect,
+)
 
 SCRIPTS = Path(__file__).parents[2] / "shared" / "scripts"
 LEASE_MS = 500
@@ -96,13 +107,24 @@ async def take(
     *,
     lease_ms: int = LEASE_MS,
     aging_ms: int = NEVER,
+    calm: bool = True,
     known: list[str] | None = None,
 ) -> Take:
-    return await store.take(MV, engine, room, lease_ms=lease_ms, aging_ms=aging_ms, known=known)
+    return await store.take(
+        MV, engine, room, lease_ms=lease_ms, aging_ms=aging_ms, calm=calm, known=known
+    )
 
 
 async def take_ids(store: Store, engine: str = "a", room: int = 1, **more: int) -> list[str]:
     return [taken.rid for taken in (await take(store, engine, room, **more)).requests]
+
+
+async def begin(store: Store, engine: str = "a", room: int = 1) -> list[Taken]:
+    """Takes, and says the next token of each: nothing of it is a suspect if the engine dies."""
+    taken = (await take(store, engine, room)).requests
+    step = [emission(t.rid, t.epoch, t.seq + 1) for t in taken]
+    assert set(await emit(store, *step, engine=engine)) <= {Emitted("ok")}
+    return taken
 
 
 def emission(
@@ -413,14 +435,13 @@ async def test_classes_in_order_then_age(store: Store) -> None:
     assert order == ["high2", "high4", "normal1", "normal5", "low0", "low3"]
 
 
-async def test_take_tells_the_best_class_still_waiting(store: Store) -> None:
-    assert await take(store) == Take([], -1, 0)
+async def test_take_tells_how_many_still_wait(store: Store) -> None:
+    assert await take(store) == Take([], 0)
     await put(store, "l", cls="low")
     await put(store, "n", cls="normal")
     await put(store, "h", cls="high")
-    answer = await take(store, room=0)
-    assert (answer.requests, answer.best_waiting, answer.waiting) == ([], 0, 3)
-    assert [((await take(store)).best_waiting) for _ in range(3)] == [1, 2, -1]
+    assert await take(store, room=0) == Take([], 3)
+    assert [(await take(store)).waiting for _ in range(3)] == [2, 1, 0]
 
 
 async def test_each_aging_period_lifts_by_one_class(store: Store, clock: Clock) -> None:
@@ -591,15 +612,39 @@ async def test_emit_renews_the_lease_and_only_an_existing_one(store: Store, cloc
     assert set((await read_state(store.client)).leases) == {"a"}
 
 
-async def test_nobody_is_dead_just_after_a_restart(store: Store, clock: Clock) -> None:
+@pytest.mark.parametrize("uptime_s", [0, 10**6], ids=["restart", "failover"])
+@pytest.mark.parametrize("greeted", [False, True])
+async def test_nobody_is_dead_just_after_a_change_of_server(
+    store: Store, clock: Clock, uptime_s: int, greeted: bool
+) -> None:
+    await store.greet()
     await put(store, "r1")
     await take(store, "a", lease_ms=1000)
     await clock.advance(10_000)
-    await clock.set_uptime(1)
+    await clock.set_server("another", uptime_s)
+    if greeted:
+        # The time to come back counts from the first who did.
+        await store.greet()
+        await clock.advance(500)
     assert await take_ids(store, "b", 4, lease_ms=1000) == []
-    await clock.set_uptime(2)
+    await clock.advance(1499 if greeted else 1999)
+    await store.greet()
+    assert await take_ids(store, "b", 4, lease_ms=1000) == []
+    await clock.advance(1)
     assert await take_ids(store, "b", 4, lease_ms=1000) == ["r1"]
-    await store.cancel("r1", "alice")
+
+
+async def test_where_the_data_are_new_the_start_of_the_server_counts(
+    store: Store, clock: Clock
+) -> None:
+    await clock.set_server("new", 1)
+    await store.greet()
+    await put(store, "r1")
+    await take(store, "a", lease_ms=1000)
+    await clock.advance(999)
+    assert await take_ids(store, "b", 4, lease_ms=1000) == []
+    await clock.advance(1)
+    assert await take_ids(store, "b", 4, lease_ms=1000) == ["r1"]
 
 
 async def test_nobody_is_dead_on_a_server_that_has_just_started(own_server) -> None:
@@ -610,7 +655,7 @@ async def test_nobody_is_dead_on_a_server_that_has_just_started(own_server) -> N
         await take(store, "a")
         await store.client.zadd(keys.leases(MV), {"a": 1})
         assert await take_ids(store, "b", 4, lease_ms=MINUTE) == []
-        # As said by a server that is up for two leases: an uptime of 0 s is enough for this one.
+        # Two leases of no time have passed since.
         assert await take_ids(store, "b", 4, lease_ms=0) == ["r1"]
     finally:
         await store.close()
@@ -619,7 +664,7 @@ async def test_nobody_is_dead_on_a_server_that_has_just_started(own_server) -> N
 async def test_the_stalest_few_engines_are_looked_at(store: Store, clock: Clock) -> None:
     for engine in "cdefgh":
         await put(store, f"r-{engine}")
-        await take(store, engine)
+        await begin(store, engine)
         await clock.advance(10)
     await clock.advance(LEASE_MS)
     assert await take_ids(store, "a", 9) == ["r-c", "r-d", "r-e", "r-f"]
@@ -629,7 +674,7 @@ async def test_the_stalest_few_engines_are_looked_at(store: Store, clock: Clock)
 async def test_orphans_come_first_in_their_class_and_by_age(store: Store, clock: Clock) -> None:
     for i, engine in enumerate("dcdc"):
         await put(store, f"r{i}", f"caller{i}")
-        await take(store, engine)
+        await begin(store, engine)
     await put(store, "high", "eve", "high")
     await put(store, "young", "frank")
     await clock.advance(LEASE_MS + 1)
@@ -639,11 +684,11 @@ async def test_orphans_come_first_in_their_class_and_by_age(store: Store, clock:
 async def test_room_bounds_a_take_over(store: Store, clock: Clock) -> None:
     for i in range(5):
         await put(store, f"r{i}")
-    await take(store, "z", 5)
+    await begin(store, "z", 5)
     await clock.advance(LEASE_MS + 1)
     assert await take_ids(store, "a", 2) == ["r0", "r1"]
     # What is left to the old owner stays its own while it lives.
-    assert await emit(store, emission("r4"), emission("r0"), engine="z") == [
+    assert await emit(store, emission("r4", first=2), emission("r0", first=2), engine="z") == [
         Emitted("ok"),
         Emitted("fenced"),
     ]
@@ -886,6 +931,60 @@ async def test_a_listener_who_comes_back_starts_the_grace_time_anew(
     await clock.advance(1)
     # What ends anyway is not abandoned.
     assert await emit(store, emission("r1", first=5, reason="stop")) == [Emitted("ok")]
+
+
+async def test_what_waited_unheard_for_its_grace_is_not_taken(store: Store, clock: Clock) -> None:
+    for rid in ("r0", "r1", "r2"):
+        await put(store, rid, grace_ms=1000)
+        assert await store.leave(rid, "alice")
+    await put(store, "r3")
+    await clock.advance(1000)
+    assert await take_ids(store) == ["r0"]
+    await clock.advance(1)
+    async with listening(store, keys.log("r2")):
+        assert await take_ids(store, room=4) == ["r2", "r3"]
+    assert (await end_of(store, "r1")).reason == "abandoned"
+    # From its first token on r0 goes the way of any other.
+    assert await emit(store, emission("r0")) == [Emitted("ended", reason="abandoned")]
+    assert [await field(store, rid, "unheard") for rid in ("r2", "r3")] == [
+        None,
+        str(clock.now_ms),
+    ]
+
+
+async def test_a_request_that_nobody_listens_to_begins_its_grace_when_it_is_taken(
+    store: Store, clock: Clock
+) -> None:
+    await put(store, "r1", grace_ms=1000)
+    await clock.advance(5000)
+    assert await take_ids(store) == ["r1"]
+    await clock.advance(1000)
+    assert await emit(store, emission("r1")) == [Emitted("ok")]
+    await clock.advance(1)
+    assert await emit(store, emission("r1", first=2)) == [Emitted("ended", reason="abandoned")]
+
+
+async def test_the_grace_time_counts_from_the_last_who_left(store: Store, clock: Clock) -> None:
+    await put(store, "r1", grace_ms=1000)
+    async with listening(store, keys.log("r1")):
+        assert not await store.leave("r1", "alice")
+    assert await field(store, "r1", "unheard") is None
+    assert await store.leave("r1", "alice")
+    await clock.advance(900)
+    # Somebody came back, and left.
+    assert await store.leave("r1", "alice")
+    await clock.advance(1000)
+    assert await take_ids(store) == ["r1"]
+
+
+async def test_only_an_open_request_of_the_caller_is_left(store: Store) -> None:
+    assert not await store.leave("r1", "alice")
+    assert await store.client.exists(keys.request("r1")) == 0
+    await put(store, "r1")
+    assert not await store.leave("r1", "bob")
+    await store.cancel("r1", "alice")
+    assert not await store.leave("r1", "alice")
+    assert await field(store, "r1", "unheard") is None
 
 
 # -- cancel, expire, release, depart --------------------------------------------------------------
@@ -1293,6 +1392,165 @@ async def test_progress_forgives_earlier_deaths(store: Store, clock: Clock) -> N
         assert [t.deaths for t in taken] == [death - 3]
 
 
+async def test_progress_is_what_no_owner_did_before(store: Store, clock: Clock) -> None:
+    async def rows() -> list[str | None]:
+        return [await field(store, "r1", name) for name in ("pr", "hw", "mark")]
+
+    await put(store, "r1")
+    await take(store, "e0")
+    await emit(store, emission("r1", n=0, progress=30), engine="e0")
+    assert await rows() == ["30", "30", "0"]
+    await store.release(MV, "e0", [("r1", 1)])
+    (taken,) = (await take(store, "e1")).requests
+    assert taken.progress == 30
+    for progress, most in ((10, "30"), (30, "30"), (31, "31"), (5, "31")):
+        # The last one: its rows were dropped for want of memory, and are computed again.
+        await emit(store, emission("r1", 3, n=0, progress=progress), engine="e1")
+        assert await rows() == [str(progress), most, "30"]
+    # An engine that cannot count makes progress by its tokens.
+    await emit(store, emission("r1", 3, progress=0), engine="e1")
+    assert await rows() == ["0", "32", "30"]
+
+
+async def test_a_request_that_kills_at_the_same_token_every_time_is_a_dead_letter(
+    store: Store, clock: Clock
+) -> None:
+    await put(store, "r1", prompt=3)
+    deaths = 0
+    while requests := (await take(store, f"e{deaths}")).requests:
+        (taken,) = requests
+        for rows in range(10, 3 + taken.seq, 10):
+            step = emission("r1", taken.epoch, taken.seq + 1, 0, progress=rows)
+            assert await emit(store, step, engine=f"e{deaths}") == [Emitted("ok")]
+        for seq in range(taken.seq + 1, 50):
+            step = emission("r1", taken.epoch, seq, progress=3 + seq - 1)
+            assert await emit(store, step, engine=f"e{deaths}") == [Emitted("ok")]
+        await clock.advance(LEASE_MS + 1)
+        deaths += 1
+    # The first one is forgiven: it made 49 tokens.
+    assert deaths == 1 + MAX_DEATHS
+    assert (await end_of(store, "r1")).reason == "engine_failed"
+
+
+async def test_progress_in_release_0_1_counts(store: Store, clock: Clock) -> None:
+    await put(store, "r1")
+    await take(store, "old")
+    await store.client.hdel(keys.request("r1"), "hw")
+    await store.client.hset(keys.request("r1"), "pr", 7)
+    await clock.advance(LEASE_MS + 1)
+    (taken,) = (await take(store, "a", calm=False)).requests
+    assert (taken.deaths, taken.progress) == (0, 7)
+    assert await emit(store, emission("r1", 2, n=0, progress=3)) == [Emitted("ok")]
+    assert await field(store, "r1", "hw") == "7"
+
+
+async def test_a_suspect_is_taken_alone_and_by_a_calm_engine(store: Store, clock: Clock) -> None:
+    for i in range(3):
+        await put(store, f"r{i}")
+    await take(store, "z", 2)
+    await put(store, "high", "eve", "high")
+    await put(store, "low", "eve", "low")
+    await clock.advance(LEASE_MS + 1)
+    # It comes after what is better, and holds up what is not.
+    assert await take_ids(store, "a", 8) == ["high"]
+    before = await read_state(store.client)
+    assert await take_ids(store, "a", 8, calm=False) == []
+    assert await read_state(store.client) == before
+    async with listening(store, keys.control_channel("a")):
+        assert [(t.rid, t.deaths) for t in (await take(store, "a", 8)).requests] == [("r0", 1)]
+        assert [(t.rid, t.deaths) for t in (await take(store, "b", 8)).requests] == [("r1", 1)]
+        async with listening(store, keys.control_channel("b")):
+            assert await take_ids(store, "a", 8, calm=False) == ["r2", "low"]
+
+
+async def test_a_suspect_that_was_handed_back_is_still_one(store: Store, clock: Clock) -> None:
+    for i in range(3):
+        await put(store, f"r{i}")
+    await take(store, "z", 2)
+    await clock.advance(LEASE_MS + 1)
+    for engine in ("a", "b"):
+        (taken,) = (await take(store, engine, 8)).requests
+        assert (taken.rid, taken.deaths) == ("r0", 1)
+        await store.release(MV, engine, [("r0", taken.epoch)])
+    assert await take_ids(store, "a", 8, calm=False) == []
+    (taken,) = await begin(store, "a", 8)
+    assert (taken.rid, taken.deaths) == ("r0", 1)
+    await store.release(MV, "a", [("r0", taken.epoch)])
+    # It has made progress: nothing is held against it any more.
+    taken, *more = (await take(store, "a", 8, calm=False)).requests
+    assert (taken.rid, taken.deaths, more) == ("r0", 0, [])
+    assert await field(store, "r0", "deaths") == "0"
+
+
+async def test_a_suspect_in_a_lost_reply_is_alone_again(store: Store, clock: Clock) -> None:
+    await put(store, "r0")
+    await take(store, "z")
+    for i in range(1, 4):
+        await put(store, f"r{i}")
+    await clock.advance(LEASE_MS + 1)
+    assert await take_ids(store, "a", 8) == ["r0"]
+    (taken,) = (await take(store, "a", 8, known=[])).requests
+    assert (taken.rid, taken.deaths, taken.progress) == ("r0", 1, 0)
+
+
+async def test_a_dead_letter_and_a_late_one_need_no_trial(store: Store, clock: Clock) -> None:
+    await put(store, "late", timeout_ms=LEASE_MS * MAX_DEATHS)
+    await put(store, "poison")
+    await put(store, "good")
+    await take(store, "z", 2)
+    await clock.advance(LEASE_MS * MAX_DEATHS)
+    await store.client.hset(keys.request("poison"), "deaths", MAX_DEATHS - 1)
+    assert await take_ids(store, "a", 8, calm=False) == ["good"]
+    assert (await end_of(store, "late")).reason == "timeout"
+    assert (await end_of(store, "poison")).reason == "engine_failed"
+
+
+@pytest.mark.parametrize("place", [0, 13, 31])
+@pytest.mark.parametrize("engines", [1, 3])
+async def test_poison_among_innocents_is_found_alone(
+    store: Store, clock: Clock, place: int, engines: int
+) -> None:
+    rids = [f"r{i}" for i in range(32)]
+    for i, rid in enumerate(rids):
+        await put(store, rid, f"caller{i % 5}")
+    order = [t.rid for t in (await take(store, "e0", 32)).requests]
+    poison = order[place]
+    await clock.advance(LEASE_MS + 1)
+    died, finished = 1, []
+    # By engine: each request's epoch and how many tokens it has said.
+    boards: dict[str, dict[str, list[int]]] = {f"e{i}": {} for i in range(1, engines + 1)}
+    for _ in range(200):
+        for engine, board in list(boards.items()):
+            calm = all(said for _, said in board.values())
+            for taken in (await take(store, engine, 32, calm=calm)).requests:
+                assert board.get(taken.rid) is None
+                board[taken.rid] = [taken.epoch, taken.seq]
+            if poison in board:
+                # It dies of it before anything is said. What had made progress is innocent.
+                del boards[engine]
+                boards[f"e{engines + died}"] = {}
+                died += 1
+                continue
+            step = []
+            for rid, state in board.items():
+                state[1] += 1
+                reason = "stop" if state[1] == 3 else ""
+                step.append(emission(rid, state[0], state[1], reason=reason))
+            await emit(store, *step, engine=engine)
+            finished += [rid for rid, (_, said) in board.items() if said == 3]
+            boards[engine] = {rid: state for rid, state in board.items() if state[1] < 3}
+        await clock.advance(LEASE_MS + 1)
+        if len(finished) == 31 and await field(store, poison, "st") == "e":
+            break
+        for engine, board in boards.items():
+            if board:
+                await store.client.zadd(keys.leases(MV), {engine: clock.now_ms})
+    assert died == MAX_DEATHS
+    assert sorted(finished) == sorted(set(rids) - {poison})
+    letters = await store.client.xrange(keys.DEAD)
+    assert [fields[b"rid"].decode() for _, fields in letters] == [poison]
+
+
 async def test_a_release_is_no_death(store: Store) -> None:
     await put(store, "r1")
     for i in range(5):
@@ -1321,6 +1579,8 @@ async def test_scripts_come_back_after_a_flush(store: Store) -> None:
         await store.settle("alice", "1-0", 0)
         await store.attach(make_request("r1"))
         await store.refund("r1", "alice", "a1")
+        await store.leave("r1", "alice")
+        await store.greet()
 
     await all_of_them()
     await store.client.flushall()
@@ -1385,25 +1645,54 @@ async def test_a_full_or_read_only_server_changes_nothing(own_server) -> None:
     try:
         await beat(store, "a")
         for i in range(4):
-            await put(store, f"r{i}")
+            await put(store, f"r{i}", f"caller{i}")
         await take(store, room=2)
+        before = await read_state(store.client)
         for refuse, allow in (
             (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+            (
+                ("CONFIG", "SET", "min-replicas-to-write", "1"),
+                ("CONFIG", "SET", "min-replicas-to-write", "0"),
+            ),
             (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
         ):
             await store.client.execute_command(*refuse)
             for call in (
                 put(store, "new"),
+                take(store),
+                take(store, room=4, known=[]),
                 emit(store, emission("r0")),
+                emit(store, emission("r0", n=0)),
                 store.limit("alice", 60, 0, 1),
-                store.cancel("r1", "alice"),
+                store.cancel("r1", "caller1"),
+                store.expire(),
+                store.release(MV, "a", [("r0", 1)]),
+                store.leave("r2", "caller2"),
+                store.depart(MV, "b"),
+                store.greet(),
+                beat(store, "a"),
             ):
                 with pytest.raises(StoreUnavailable):
                     await call
+            # What only reads goes on.
+            there = await store.attach(make_request("r0", "caller0"))
+            assert there is not None
+            assert there.outcome == "attached"
             await store.client.execute_command(*allow)
-            await assert_consistent(store.client)
+            assert await read_state(store.client) == before
         assert await emit(store, emission("r0")) == [Emitted("ok")]
+        assert await take_ids(store, room=4) == ["r2", "r3"]
         assert (await put(store, "new")).outcome == "accepted"
         await assert_consistent(store.client)
     finally:
         await store.close()
+
+
+async def test_the_identity_stays_until_the_data_are_lost(store: Store) -> None:
+    names = set(await asyncio.gather(*[store.identity() for _ in range(20)]))
+    (name,) = names
+    assert len(name) == 32
+    assert await store.identity() == name
+    await store.client.flushall()
+    assert await store.identity() != name
+    await beat(store, "a")

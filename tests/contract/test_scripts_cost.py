@@ -76,7 +76,7 @@ async def populate(store: Store, engines: int) -> PubSub:
         await store.heartbeat(MODEL, VERSION, f"e{i}", card(f"e{i}"))
     for i in range(engines):
         await put(store, f"run{i}", f"runner{i}")
-        assert len(await take(store, f"e{i}", 1)) == 1
+        await emit(store, f"e{i}", await take(store, f"e{i}", 1))
     for i in range(engines * (OPEN_PER_ENGINE - 1)):
         await put(store, f"wait{i}", f"caller{i // LANE}")
     return channels
@@ -87,7 +87,7 @@ async def measure(store: Store, clock: Clock, engines: int) -> dict[str, dict[st
     client = store.client
     await client.flushall()
     await clock.advance(0)
-    await clock.set_uptime(10**6)
+    await clock.set_server("a", 10**6)
     channels = await populate(store, engines)
     state = await read_state(client)
     assert len(state.engines) == len(state.leases) == engines
@@ -109,6 +109,8 @@ async def measure(store: Store, clock: Clock, engines: int) -> dict[str, dict[st
     await cost("enqueue more", lambda: put(store, "new1", "new"))
     await cost("heartbeat", lambda: store.heartbeat(MODEL, VERSION, "e0", card("e0")))
     await cost("limit", lambda: store.limit("new", 60, 1000, 10, "a1"))
+    await cost("leave", lambda: store.leave("new0", "new"))
+    await cost("greet", store.greet)
     await cost("attach", lambda: store.attach(make_request("new0", "new")))
     await cost("refund", lambda: store.refund("x", "new", "a1"))
     await cost("refund queued", lambda: store.refund("new1", "new", "new1"))

@@ -176,6 +176,14 @@ class Machine(RuleBasedStateMachine):
 
     # -- engines --
 
+    @precondition(lambda self: self.requests)
+    @rule(pick=picks, foreign=st.sampled_from([False, False, False, True]))
+    def leave(self, pick: int, foreign: bool) -> None:
+        """The client of a request went."""
+        rid = self._rid(pick)
+        caller = "mallory" if foreign else self.requests[rid].caller
+        assert self.do(self.store.leave(rid, caller)) == self.model.leave(rid, caller)
+
     @rule(engine=engines, what=st.sampled_from(["heartbeat", "heartbeat", "depart", "connection"]))
     def membership(self, engine: str, what: str) -> None:
         """An engine announces itself, goes, or loses or regains its control connection."""
@@ -199,25 +207,34 @@ class Machine(RuleBasedStateMachine):
         room=st.sampled_from([0, 1, 1, 2, 3, 8]),
         lost=st.sampled_from([False, False, True]),
         knows=st.sampled_from([False, False, True]),
+        calm=st.sampled_from([False, True, True]),
     )
-    def take(self, engine: str, room: int, lost: bool, knows: bool) -> None:
+    def take(self, engine: str, room: int, lost: bool, knows: bool, calm: bool = True) -> None:
         known = list(self.held[engine]) if knows else None
         answer = self.do(
-            self.store.take(MV, engine, room, lease_ms=LEASE_MS, aging_ms=AGING_MS, known=known)
+            self.store.take(
+                MV,
+                engine,
+                room,
+                lease_ms=LEASE_MS,
+                aging_ms=AGING_MS,
+                calm=calm,
+                known=known,
+            )
         )
-        expected = self.model.take(engine, room, ENGINE_TTL_MS, None if known is None else {*known})
+        expected = self.model.take(
+            engine, room, ENGINE_TTL_MS, calm, None if known is None else {*known}
+        )
         assert [(t.rid, t.epoch) for t in answer.requests] == expected
         for taken in answer.requests:
             job = self.model.jobs[taken.rid]
             assert taken.body == messages.encode(self.requests[taken.rid])
             assert (taken.seq, taken.cls, taken.deaths) == (len(job.tokens), job.cls, job.deaths)
-            assert taken.waited_ms == self.model.now - job.t0
+            assert (taken.waited_ms, taken.progress) == (self.model.now - job.t0, job.best)
             self.told.append((engine, taken.rid, taken.epoch))
             if not lost:
                 self.held[engine][taken.rid] = taken.epoch
         assert answer.waiting == self.model.all_waiting
-        waiting = [cls for cls in range(3) if self.model.waiting(cls)]
-        assert answer.best_waiting == min(waiting, default=-1)
 
     def _emission(self, engine: str, rid: str, epoch: int, kind: str, n: int) -> Emission:
         seq = len(self.model.jobs[rid].tokens)
@@ -345,6 +362,9 @@ class Machine(RuleBasedStateMachine):
 
     def control_connection(self, engine: str) -> None:
         self._toggle(self.model.subscribed, engine, keys.control_channel(engine))
+        if engine in self.model.subscribed:
+            self.do(self.store.greet())
+            self.model.greet()
 
     def _toggle(self, there: set[str], name: str, channel: str) -> None:
         there ^= {name}
@@ -374,6 +394,15 @@ class Machine(RuleBasedStateMachine):
         if janitor:
             assert set(self.do(self.store.expire())) == self.model.expire()
 
+    @precondition(lambda self: len(self.told) % 8 == 5)
+    @rule(lost=st.sets(engines))
+    def failover(self, lost: set[str]) -> None:
+        """Another server takes over; some engines have not come back to it yet."""
+        self.model.server += "a"
+        self.do(self.clock.set_server(self.model.server, 10**6))
+        for engine in sorted(lost & self.model.subscribed):
+            self.control_connection(engine)
+
     @precondition(lambda self: len(self.told) % 8 == 7)
     @rule()
     def scripts_are_flushed(self) -> None:
@@ -400,7 +429,7 @@ class Machine(RuleBasedStateMachine):
             assert open_counts == [0, 0, 0]
             assert await client.xlen(keys.queue(MV, cls)) == 0
         stays = {keys.MODELS, keys.ENDED, keys.DEAD, keys.is_open(MV), keys.model(MODEL)}
-        stays |= {keys.wake(MV), keys.engines(MV), keys.cards(MV)}
+        stays |= {keys.SERVER, keys.wake(MV), keys.engines(MV), keys.cards(MV)}
         stays |= {keys.count(MV, cls) for cls in keys.CLASSES}
         stays |= {keys.queue(MV, cls) for cls in keys.CLASSES}
         for name in [key.decode() async for key in client.scan_iter("rts:*", count=1000)]:

@@ -219,6 +219,82 @@ async def test_another_engine_goes_on_where_a_dead_one_stopped(opened: Store) ->
     assert end.reason == "length"
 
 
+async def test_tokens_of_an_earlier_owner_that_a_failover_lost_are_sent_again(
+    opened: Store,
+) -> None:
+    await submit(opened, "moved", tokens=300)
+    await opened.take(MV, "first", 1, lease_ms=3000, aging_ms=30_000)
+    earlier = [messages.Token(0, i, f"<{i}>") for i in expected(10)]
+    for first, last in ((1, 4), (5, 10)):
+        body = messages.encode(messages.Tokens(1, first, earlier[first - 1 : last]))
+        await opened.emit(MV, "first", [Emission("moved", 1, first, last, body, last)])
+    await opened.release(MV, "first", [("moved", 1)])
+    log = keys.log("moved")
+    (entry_id, fields), *_ = await opened.client.xrange(log)
+    async with worker(opened, "second", step_ms=5):
+        async with asyncio.timeout(5):
+            while int(await opened.client.hget(keys.request("moved"), "seq")) < 20:
+                await asyncio.sleep(0.002)
+        async with opened.client.pipeline(transaction=True) as pipe:
+            pipe.delete(log).xadd(log, fields, id=entry_id)
+            pipe.hset(keys.request("moved"), "seq", 4)
+            await pipe.execute()
+        ids, text, _ = await result(opened, "moved")
+    assert ids == expected(300)
+    assert text.startswith("".join(token.text for token in earlier))
+
+
+async def leave_suspects(store: Store, rids: list[str], tokens: int = 5) -> None:
+    """An engine died right after it took these."""
+    for rid in rids:
+        await submit(store, rid, tokens)
+    take = await store.take(MV, "dead", len(rids), lease_ms=3000, aging_ms=30_000)
+    assert [taken.rid for taken in take.requests] == rids
+    await store.client.zadd(keys.leases(MV), {"dead": 1})
+    await store.greet()
+    await store.client.hset(keys.SERVER, "since", 1)
+    await store.client.delete(keys.wake(MV))
+
+
+async def test_nothing_joins_a_suspect_until_it_makes_progress(opened: Store) -> None:
+    await leave_suspects(opened, ["suspect"])
+    await submit(opened, "next")
+    rig = Rig(opened, "e1", 8, 1.0)
+    task = asyncio.create_task(rig.intake.run())
+    await until(lambda: rig.outbox.streams)
+    (stream,) = rig.outbox.streams.values()
+    assert (stream.rid, rig.outbox.on_trial, rig.outbox.calm) == ("suspect", True, False)
+    for rows, tried in ((0, False), (1, True)):
+        assert rig.intake._room() == 0
+        rig.outbox.on_step([StepOutput(stream.name, [], prefilled=rows)])
+        # That it was computed is not enough: nobody knows of it if the engine dies now.
+        assert not stream.proven
+        await rig.outbox._send()
+        assert (rig.outbox.calm, rig.outbox.on_trial) == (tried, not tried)
+    await until(lambda: len(rig.outbox.streams) == 2)
+    assert not rig.outbox.calm
+    rig.intake.stop()
+    await task
+    for rid in ("suspect", "next"):
+        await opened.cancel(rid, "")
+
+
+@pytest.mark.parametrize("tokens", [1, 8000])
+async def test_suspects_follow_each_other_at_once(
+    opened: Store, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr("worker.intake.LOOK_S", 4)
+    suspects = [f"r{i}" for i in range(6)]
+    await leave_suspects(opened, suspects, tokens)
+    await opened.client.lpush(keys.wake(MV), "1")
+    async with worker(opened), asyncio.timeout(4):
+        for rid in suspects:
+            while not await opened.client.hget(keys.request(rid), "t2"):
+                await asyncio.sleep(0.002)
+    for rid in suspects:
+        await opened.cancel(rid, "")
+
+
 async def test_a_drained_stream_goes_on_elsewhere(opened: Store) -> None:
     async with worker(opened, "first", step_ms=2) as first:
         await submit(opened, "moved", tokens=200)
@@ -312,7 +388,7 @@ async def test_while_redis_is_away_tokens_wait_and_memory_is_bounded(own_server:
 def owned(rig: Rig, epoch: int, tokens: int = 3) -> Stream:
     """A stream as if it had been taken under this epoch."""
     request = Request(1, "R", "echo", "1", "someone", [1], Sampling(tokens))
-    stream = Stream(Taken("R", epoch, b"", 0, 1, 0, 0), request, [], Vocabulary(rig.tokenizer))
+    stream = Stream(Taken("R", epoch, b"", 0, 1, 0, 0, 0), request, [], Vocabulary(rig.tokenizer))
     rig.outbox.add(stream)
     return stream
 
@@ -400,13 +476,16 @@ async def test_a_corrupt_log_refuses_its_request_alone(opened: Store) -> None:
 
 async def test_a_control_channel_that_went_silent_is_opened_again(own_server: Any) -> None:
     heard = asyncio.Event()
-    task = asyncio.create_task(listen(own_server.url, "e1", heard))
     store = Store(connect(own_server.url, timeout_s=2))
+    task = asyncio.create_task(listen(store, own_server.url, "e1", heard))
     await until(heard.is_set)
+    # By then the server was greeted, again after each time that it was away.
+    assert await store.client.delete(keys.SERVER)
     own_server.pause()
     await until(lambda: not heard.is_set())
     own_server.go_on()
     await until(heard.is_set)
+    assert await store.client.exists(keys.SERVER)
     assert await store.client.publish(keys.control_channel("e1"), "x") >= 1
     await store.client.client_kill_filter(_type="pubsub")
     await until(lambda: not heard.is_set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from cluster import ROOT, Cluster
+import redis
+from cluster import ROOT, Cluster, free_port
+from gateway_site import letters
+
+from shared import keys
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 FLAGS = (
@@ -86,12 +91,22 @@ async def browse(url: str, profile: Path) -> AsyncIterator[Tab]:
         process.wait()
 
 
+async def check(cluster: Cluster, tab: Tab) -> None:
+    """The page has every token of the one request that ran."""
+    await tab.until("state", "done, 256 tokens")
+    with redis.Redis.from_url(cluster.redis.url) as client:
+        facts: Any = client.xrange(keys.ENDED)
+    ((_, fields),) = facts
+    # The seed of a request that names none.
+    seed = int(fields[b"rid"][:16], 16) >> 1
+    assert await tab.text("answer") == letters(seed, 256)
+
+
 async def test_the_page_streams_an_answer(page: str, tmp_path: Path) -> None:
     with Cluster(tmp_path, cors_origins=page.rpartition("/")[0]) as cluster:
         cluster.up(control=False)
         async with browse(f"{page}?url={cluster.url}&ask=hello", tmp_path / "profile") as tab:
-            await tab.until("state", "done, 256 tokens")
-            assert len(await tab.text("answer")) == 256
+            await check(cluster, tab)
 
 
 async def test_the_page_goes_on_after_its_gateway_died(page: str, tmp_path: Path) -> None:
@@ -101,8 +116,31 @@ async def test_the_page_goes_on_after_its_gateway_died(page: str, tmp_path: Path
             await tab.until("state", "tokens")
             cluster.processes[0].kill()
             cluster.start("gateway", port=cluster.ports[0])
-            await tab.until("state", "done, 256 tokens")
-            assert len(await tab.text("answer")) == 256
+            await check(cluster, tab)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_the_page_goes_on_at_another_gateway(
+    page: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    with Cluster(tmp_path, cors_origins="*", echo_step_ms=10) as cluster:
+        cluster.up(gateways=2, control=False)
+        urls = ",".join(f"http://127.0.0.1:{port}" for port in cluster.ports)
+        async with browse(f"{page}?url={urls}&ask=hello", tmp_path / "profile") as tab:
+            await tab.until("state", "tokens")
+            cluster.processes[0].signal(number)
+            await asyncio.to_thread(cluster.processes[0].popen.wait, 10)
+            # It was not over before.
+            assert "done" not in await tab.text("state")
+            await check(cluster, tab)
+
+
+async def test_the_page_asks_once_of_a_gateway_that_is_away(page: str, tmp_path: Path) -> None:
+    with Cluster(tmp_path, cors_origins="*") as cluster:
+        cluster.up(control=False)
+        urls = f"http://127.0.0.1:{free_port()},{cluster.url}"
+        async with browse(f"{page}?url={urls}&ask=hello", tmp_path / "profile") as tab:
+            await check(cluster, tab)
 
 
 async def test_another_origin_is_not_allowed(page: str, tmp_path: Path) -> None:

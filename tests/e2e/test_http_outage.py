@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gateway_site import Site, letters, open_site, until
@@ -53,14 +54,27 @@ async def test_redis_hangs(own: RedisServer) -> None:
         try:
             await until(lambda: _is_old(site))
             await _is_refused(site, "other", at_once=12)
-            for _ in range(3):
-                await _is_refused(site)
-                await _is_refused(site, "other", at_once=12)
+            for at_once in (1, 20):
+                await _is_refused(site, at_once=at_once)
+                await _is_refused(site, "other", at_once=at_once)
         finally:
             os.kill(own.pid, signal.SIGCONT)
         await until(lambda: site.edge.healthy)
         assert (await site.post("/infer", BODY))[1]["text"] == letters(5, 10)
         # What may have got into the queue after all was withdrawn.
+        await until(lambda: _idle(site))
+
+
+@pytest.mark.parametrize("at_once", [1, 20])
+async def test_redis_hangs_before_anybody_knows(own: RedisServer, at_once: int) -> None:
+    async with open_site(own.url) as site:
+        os.kill(own.pid, signal.SIGSTOP)
+        try:
+            assert site.edge.healthy
+            await _is_refused(site, at_once=at_once)
+        finally:
+            os.kill(own.pid, signal.SIGCONT)
+        await until(lambda: site.edge.healthy)
         await until(lambda: _idle(site))
 
 
@@ -93,16 +107,19 @@ async def test_a_gateway_starts_without_redis(tmp_path: Path) -> None:
 
 
 async def _is_refused(site: Site, model: str = "echo", at_once: int = 1) -> None:
-    async def ask(path: str) -> None:
+    async def ask(path: str, headers: dict[str, str]) -> None:
         started = time.monotonic()
-        status, reply, headers = await site.post(path, {**BODY, "model": model})
+        status, reply, headers = await site.post(path, {**BODY, "model": model}, headers)
         assert (status, reply["error"]["code"]) == (503, "store_unavailable")
         assert headers["Retry-After"] == "1"
         assert "rror" not in reply["error"]["message"]
         assert time.monotonic() - started < 1.0
 
+    asks: list[Coroutine[Any, Any, None]] = []
     for path in ("/infer", "/infer_stream"):
-        await asyncio.gather(*(ask(path) for _ in range(at_once)))
+        for i in range(at_once):
+            asks += [ask(path, {}), ask(path, {"Idempotency-Key": f"key-{i}"})]
+    await asyncio.gather(*asks)
 
 
 def _is_old(site: Site) -> bool:

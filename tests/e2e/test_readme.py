@@ -63,8 +63,16 @@ def test_the_python_block(cluster: Cluster) -> None:
     assert len(run(cluster, [sys.executable, "-c", code]).strip()) > 10
 
 
+def test_the_client_block(cluster: Cluster) -> None:
+    (block,) = commands("python", 'Client("http')
+    code = block.replace("http://127.0.0.1:8000", cluster.url)
+    text, _, usage = run(cluster, [sys.executable, "-c", code]).partition("Usage(")
+    assert len(text) == 64
+    assert "completion_tokens=64" in usage
+
+
 def test_the_example_client(cluster: Cluster) -> None:
-    (line,) = re.findall(r'^python3 (examples/stream.py) "(.*)"$', README, re.MULTILINE)
+    (line,) = re.findall(r'^\.venv/bin/python (examples/stream.py) "(.*)"$', README, re.MULTILINE)
     assert run(cluster, [sys.executable, *line]).strip()
 
 

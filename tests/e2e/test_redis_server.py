@@ -250,7 +250,8 @@ def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("facts", "message"),
     [
         ("redis_version:6.2.7\r\nredis_mode:standalone\r\n", "redis 6.2.7; 7.0 or newer"),
-        ("redis_version:7.2.4\r\nvalkey_version:8.1.1\r\nredis_mode:cluster\r\n", "Cluster"),
+        ("redis_version:7.2.4\r\nvalkey_version:8.1.1\r\nserver_mode:cluster\r\n", "Cluster"),
+        ("redis_version:7.2.4\r\nredis_mode:cluster\r\n", "Cluster"),
     ],
 )
 def test_unfit_servers_are_refused(facts: str, message: str) -> None:

@@ -17,16 +17,22 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.lua"))
 _KEY = re.compile(r"'rts:[^']*'(?:\s*\.\.\s*(?:'[^']*'|\w+(?:\.\w+|\[[^\]]*\])*))*")
 
 
+def lines_of(name: str) -> list[str]:
+    """A script without the line that is for the server."""
+    lines = (FOLDER / f"{name}.lua").read_text().splitlines()
+    return lines if name == "common" else lines[1:]
+
+
 def header(name: str) -> str:
     """The comment at the top of a script."""
-    lines = (FOLDER / f"{name}.lua").read_text().splitlines()
+    lines = lines_of(name)
     n = next(i for i, line in enumerate(lines) if not line.startswith("--"))
     return "\n".join(lines[:n])
 
 
 def code(name: str) -> str:
     """A script without its comments."""
-    lines = (FOLDER / f"{name}.lua").read_text().splitlines()
+    lines = lines_of(name)
     return "\n".join(line for line in lines if not line.lstrip().startswith("--"))
 
 
@@ -104,6 +110,12 @@ def test_the_header_tells_arguments_and_return_codes(name: str) -> None:
     assert re.search(r"^-- Keys: ", header(name), re.M)
     assert re.search(r"^-- ARGV: ", header(name), re.M)
     assert re.search(r"^-- Returns ", header(name), re.M)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "common"])
+def test_the_first_line_tells_the_server_whether_it_writes(name: str) -> None:
+    first, _, _ = (FOLDER / f"{name}.lua").read_text().partition("\n")
+    assert first == ("#!lua flags=no-writes" if name == "attach" else "#!lua")
 
 
 @pytest.mark.parametrize("name", NAMES)

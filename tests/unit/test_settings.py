@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.redis_url import SentinelUrl, parse_sentinel
 from shared.settings import (
     DEMO_MODEL,
     ModelSource,
@@ -84,6 +85,16 @@ def test_good_values(env: dict[str, str], field: str, value: object) -> None:
         ("RTS_REDIS_URL", "unix:///x?db=two&password=s3cret", "only db"),
         ("RTS_REDIS_URL", "unix:///x?db=", "number"),
         ("RTS_REDIS_URL", "rediss://h?ssl_cert_reqs=none", "only db"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@h1,h2", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@h1,h2/", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@h1,,h2/main", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@/main", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@h1:port/main", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@h1/main/two", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret/@h1/main", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://h1/main?password=s3cret", "must be sentinel://"),
+        ("RTS_REDIS_URL", "sentinel://u:s3cret@h1:99999/main", "1 to 65535"),
+        ("RTS_REDIS_URL", "sentinels://u:s3cret@h1/main", "must start with"),
         ("RTS_TRUSTED_PROXIES", "10.0.0.0/8,me", "'me'"),
         ("RTS_CORS_ORIGINS", "example.org", "origin"),
         ("RTS_MODEL", "a=x,a=y", "two models"),
@@ -101,6 +112,25 @@ def test_bad_values_name_key_and_allowed(key: str, text: str, hint: str) -> None
     assert "s3cret" not in str(caught.value)
     if key != "RTS_REDIS_URL":
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("sentinel://h/main", SentinelUrl((("h", 26379),), "main")),
+        (
+            "sentinel://u%3A:p%40%2F@h1:1,[::1]:2,h-3.net/my%20main/4?sentinel_password=%26s",
+            SentinelUrl(
+                (("h1", 1), ("::1", 2), ("h-3.net", 26379)), "my main", 4, "u:", "p@/", "&s"
+            ),
+        ),
+        ("sentinel://:p@h/main", SentinelUrl((("h", 26379),), "main", password="p")),
+    ],
+)
+def test_sentinel_urls(url: str, parts: SentinelUrl) -> None:
+    assert Settings.load({"RTS_REDIS_URL": url}).redis_url == url
+    assert parse_sentinel(url) == parts
+    assert not parts.password or parts.password not in repr(parts)
 
 
 def test_beyond_loopback_when_it_is_meant() -> None:

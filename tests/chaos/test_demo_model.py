@@ -1,0 +1,90 @@
+"""A real model's worker is killed in the middle of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from cluster import Cluster
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.model,
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+]
+
+PROMPTS = (
+    "Tell me about the sea.",
+    "Write one sentence about bread.",
+    "What is a prime number?",
+    "Why do people like the moon?",
+)
+TOKENS = 40
+KILL_AT = 12
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, demo_model_path: Path) -> Iterator[Cluster]:
+    """float32, where a text does not depend on what else is in the batch."""
+    with Cluster(
+        tmp_path,
+        engine="torch",
+        model=f"smollm2-135m={demo_model_path}",
+        dtype="float32",
+        threads=1,
+    ) as found:
+        yield found.up(workers=2)
+
+
+async def stream(session: aiohttp.ClientSession, url: str, prompt: str, seen: list[str]) -> None:
+    """One chat, greedy; appends each piece of text as it comes."""
+    body: Any = {
+        "model": "smollm2-135m",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "stream": True,
+    }
+    reason = None
+    async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
+        assert reply.status == 200, await reply.text()
+        async for line in reply.content:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                choice = event["choices"][0]
+                reason = reason or choice["finish_reason"]
+                if choice["delta"].get("content"):
+                    seen.append(choice["delta"]["content"])
+    assert reason in ("stop", "length")
+
+
+async def test_the_text_equals_the_unbroken_greedy_answer(cluster: Cluster) -> None:
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        unbroken = []
+        for prompt in PROMPTS:
+            seen: list[str] = []
+            await stream(session, cluster.url, prompt, seen)
+            unbroken.append("".join(seen))
+        pieces: list[list[str]] = [[] for _ in PROMPTS]
+        async with asyncio.TaskGroup() as tasks:
+            for prompt, found in zip(PROMPTS, pieces, strict=True):
+                tasks.create_task(stream(session, cluster.url, prompt, found))
+            while not all(len(found) >= KILL_AT for found in pieces):
+                await asyncio.sleep(0.01)
+            _, status = await asyncio.to_thread(cluster.get, "/status")
+            running = {worker["pid"]: worker["running"] for worker in status["workers"]}
+            assert sum(running.values()) >= 1, "all was over before anything was killed"
+            victim = max(running, key=lambda pid: running[pid])
+            next(p for p in cluster.processes if p.pid == victim).kill()
+        assert ["".join(found) for found in pieces] == unbroken
+        _, status = await asyncio.to_thread(cluster.get, "/status")
+        assert [worker["pid"] for worker in status["workers"] if worker["pid"] != victim]

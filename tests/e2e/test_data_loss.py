@@ -1,0 +1,148 @@
+"""All data in Redis is lost under a running cluster: nobody waits in silence, and it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+import redis
+from cluster import Cluster
+from gateway_site import letters, read_events, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+
+PLACES = 4
+"""Of the engine: as many run, the others wait."""
+NOTICED_S = 2.5
+"""A gateway looks once a second; silent streams alone are looked at every five."""
+SERVES_AGAIN_S = 5.0
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("loss"), max_batch_size=PLACES, echo_step_ms=10) as found:
+        yield found.up()
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield session
+
+
+@dataclass
+class Answer:
+    status: int
+    code: str
+    retry_after: str | None
+    at: float
+
+
+@pytest.mark.parametrize("again", range(2))
+async def test_every_stream_is_told_and_new_requests_are_served(
+    cluster: Cluster, http: aiohttp.ClientSession, again: int
+) -> None:
+    running = [asyncio.create_task(ask(http, cluster.url, kind)) for kind in KINDS]
+    await queued(cluster, 0, PLACES)
+    waiting = [asyncio.create_task(ask(http, cluster.url, kind)) for kind in KINDS]
+    await queued(cluster, len(KINDS), PLACES)
+    with redis.Redis.from_url(cluster.redis.url) as client:
+        client.flushall()
+        lost_at = time.monotonic()
+        for kind, task in zip([*KINDS, *KINDS], running + waiting, strict=True):
+            answer = await task
+            assert answer.code == "log_expired", (kind, answer)
+            assert answer.at - lost_at < NOTICED_S, (kind, answer)
+            expected = (503, "1") if kind == "whole" else (200, None)
+            assert (answer.status, answer.retry_after) == expected, kind
+        while True:
+            reply = await http.post(f"{cluster.url}/infer", json={**BODY, "max_tokens": 20})
+            if reply.status == 200:
+                break
+            assert reply.status == 503, await reply.text()
+            assert time.monotonic() - lost_at < SERVES_AGAIN_S, await reply.text()
+            await asyncio.sleep(0.05)
+        assert (await reply.json())["text"] == letters(7, 20)
+        # All of its places, one after the other: nothing that was lost holds one.
+        begun = time.monotonic()
+        replies = await asyncio.gather(
+            *(
+                http.post(f"{cluster.url}/infer", json={**BODY, "max_tokens": 50})
+                for _ in range(3 * PLACES)
+            )
+        )
+        assert [reply.status for reply in replies] == [200] * 3 * PLACES
+        assert time.monotonic() - begun < 5
+        await until(lambda: is_idle(cluster))
+        await until(lambda: counts(client) == {b"waiting": 0, b"running": 0, b"bytes": 0})
+        assert not client.keys("rts:lane:*")
+        assert not client.keys("rts:owns:*")
+        assert not client.keys("rts:leases:*")
+        assert not client.exists("rts:due")
+    for process in cluster.processes:
+        assert process.popen.poll() is None
+        assert "Traceback" not in process.log.read_text()
+
+
+BODY = {"model": "echo", "prompt": "hi", "seed": 7, "max_tokens": 20_000}
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "plain": ("/infer_stream", BODY, {}),
+    "chat": (
+        "/v1/chat/completions",
+        {
+            "model": "echo",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 20_000,
+            "stream": True,
+        },
+        {},
+    ),
+    "resumable": ("/infer_stream", BODY, {"X-Resumable": "60"}),
+    "whole": ("/infer", BODY, {}),
+}
+
+
+async def ask(http: aiohttp.ClientSession, url: str, kind: str) -> Answer:
+    """The error that ends it."""
+    path, body, headers = KINDS[kind]
+    async with http.post(url + path, json=body, headers=headers) as reply:
+        text = await reply.text()
+        body = json.loads(text) if reply.status != 200 else read_events(text)[-1].data
+        return Answer(
+            reply.status,
+            body["error"]["code"],
+            reply.headers.get("Retry-After"),
+            time.monotonic(),
+        )
+
+
+async def queued(cluster: Cluster, waiting: int, running: int) -> None:
+    with redis.Redis.from_url(cluster.redis.url) as client:
+
+        def there() -> bool:
+            found = counts(client)
+            return found[b"waiting"] == waiting and found[b"running"] == running
+
+        await until(there)
+
+
+def counts(client: Any) -> dict[bytes, int]:
+    """The counters of all queues together; none is ever negative."""
+    total = {b"waiting": 0, b"running": 0, b"bytes": 0}
+    for key in client.keys("rts:count:*"):
+        for name in total:
+            value = int(client.hget(key, name) or 0)
+            assert value >= 0, (key, name, value)
+            total[name] += value
+    return total
+
+
+async def is_idle(cluster: Cluster) -> bool:
+    _, body = await asyncio.to_thread(cluster.get, "/status")
+    return [engine["running"] for engine in body["workers"]] == [0]
