@@ -71,8 +71,9 @@ def request(rid: str) -> str:
         dig: digest of the body. body, size: messages.Request, until the end, and its bytes.
             view: messages.View.
         own: `<epoch>:<engine>`, the fence. ep: the last epoch given.
-        seq: last token in the log. pr: rows that the present owner computed. hw: most rows that any
-            owner computed. mark: hw when it was taken. deaths: of owners in a row with hw = mark.
+        seq: last token in the log. pr: rows computed, while no token comes. hw: most rows of the
+            prompt that any owner computed. mark: hw + seq when it was taken. deaths: of owners in a
+            row that added nothing to that.
         dl: deadline (ms). grace, keep: durations (ms). unheard: since when nobody listens (ms).
         t0, t1, t2, t3: queued, first taken, first token, ended (ms). reason: how it ended.
         pt: prompt tokens. charge, att: tokens charged, and by which attempt. tk: ticket.

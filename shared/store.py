@@ -75,7 +75,7 @@ class Taken:
 
     Attributes:
         deaths: of earlier owners, one after the other without progress; above 0 it is a suspect.
-        progress: most rows that any of them computed.
+        progress: most rows of the prompt that any of them computed.
     """
 
     rid: str
@@ -139,6 +139,7 @@ class Limited:
 
 _ENQUEUED = ("accepted", "attached", "conflict", "closed", "full")
 _EMITTED = ("ok", "duplicate", "fenced", "gap", "ended", "lost")
+_DONE = Emitted("ok")
 _LIMITED = ("", "requests", "tokens", "size")
 
 
@@ -410,17 +411,17 @@ class Store:
         """Appends a step to the logs and publishes it; (how many wait, an answer for each)."""
         args: list[str | bytes | int] = []
         for e in step:
-            args += (e.rid, e.epoch, e.first, e.last, e.tokens, e.progress, e.reason, e.end)
+            args += (e.rid, e.epoch, e.first - 1, e.last, e.tokens, e.progress, e.reason, e.end)
         reply = await self._run["emit"](mv, engine, *args)
-        answers = []
-        for code, detail in zip(reply[1::2], reply[2::2], strict=True):
+        answers = [_DONE] * len(step)
+        for at, code, detail in zip(reply[1::3], reply[2::3], reply[3::3], strict=True):
             outcome = _EMITTED[code]
             if outcome == "gap":
-                answers.append(Emitted(outcome, seq=detail))
+                answers[at] = Emitted(outcome, seq=detail)
             elif outcome == "ended":
-                answers.append(Emitted(outcome, reason=detail.decode()))
+                answers[at] = Emitted(outcome, reason=detail.decode())
             else:
-                answers.append(Emitted(outcome))
+                answers[at] = Emitted(outcome)
         return reply[0], answers
 
     async def release(self, mv: str, engine: str, owned: Iterable[tuple[str, int]]) -> int:

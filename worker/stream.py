@@ -133,8 +133,9 @@ class Stream:
     def acknowledge(self, emission: Emission) -> None:
         """Redis has what this emission said."""
         self._acknowledged = emission.last
-        # A token more than before is progress, too, where an engine cannot count its rows.
-        if emission.progress > self._mark or emission.last > self._earlier:
+        # As take sees it: rows of the prompt that nobody had computed, or a token.
+        rows = min(emission.progress, len(self.request.prompt))
+        if rows > self._mark or emission.last > self._earlier:
             self.proven = True
 
     def rewind(self, seq: int) -> None:

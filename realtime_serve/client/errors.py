@@ -14,7 +14,7 @@ class APIError(Exception):
         message: one sentence. code: the machine-readable reason, as in docs/api.md, or "".
         status: of HTTP; None when it came inside a stream or without any answer.
         param: the field or header at fault, or None.
-        request_id: which request it was, or "" if none was accepted.
+        request_id: which request it was, as the server calls it, or "" without an answer.
         retry_after_s: when the server wants to be asked again, or None.
     """
 

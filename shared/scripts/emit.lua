@@ -1,11 +1,12 @@
 #!lua
 -- Appends one step's tokens of all sequences of an engine to their logs and publishes them.
 -- Keys: rts:r:<rid> rts:l:<rid> rts:leases:<mv> rts:count:<queue>, and those of finish()
--- ARGV: 1 mv, 2 engine, then 8 for each sequence: rid, epoch, first seq, last seq (first - 1: no tokens),
---       messages.Tokens, progress (rows computed), end reason or '', messages.End or ''
+-- ARGV: 1 mv, 2 engine, then 8 for each sequence: rid, epoch, seq before its first token, seq of its last (the
+--       same: no tokens), messages.Tokens, progress (rows computed), end reason or '', messages.End or ''
 -- Sent every step, even with nothing to say: it renews the lease.
--- Returns {number waiting for this version, code, detail, code, detail, ...}, one pair a sequence:
---   0 done; 1 duplicate (seen before); 2 fenced (another engine owns it); 3 gap (detail: last seq in the log);
+-- Returns {number waiting for this version, index, code, detail, index, code, detail, ...}: a triple for each
+--   sequence, counted from 0, of which there is more to say than that it is done:
+--   1 duplicate (seen before); 2 fenced (another engine owns it); 3 gap (detail: last seq in the log);
 --   4 ended (detail: the reason); 5 lost (no such request here).
 local mv, engine = ARGV[1], ARGV[2]
 local now = now_ms()
@@ -17,67 +18,70 @@ end
 redis.call('ZADD', 'rts:leases:' .. mv, 'XX', int(now), engine)
 
 local out = {waiting}
+local at = -1
 local function answer(code, detail)
+  out[#out + 1] = at
   out[#out + 1] = code
   out[#out + 1] = detail
 end
 
+-- Per token this runs once: numbers that only have to be equal stay strings, and a token costs one field.
 for i = 3, #ARGV, 8 do
-  local rid, first, last = ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
+  at = at + 1
+  local rid, before, last = ARGV[i], ARGV[i + 2], ARGV[i + 3]
   local key = 'rts:r:' .. rid
-  local v = redis.call('HMGET', key, 'st', 'own', 'seq', 'dl', 'unheard', 'grace', 'pr', 'hw')
-  local seq = tonumber(v[3])
-  if not v[1] then
+  local v = redis.call('HMGET', key, 'own', 'seq', 'st', 'dl', 'unheard')
+  local own, seq, st = v[1], v[2], v[3]
+  if not st then
     answer(5, 0)
-  elseif v[1] == 'e' then
-    local same = redis.call('HGET', key, 'own') == ARGV[i + 1] .. ':' .. engine
-    if same and ARGV[i + 6] ~= '' and last <= seq and redis.call('HGET', key, 'reason') == ARGV[i + 6] then
+  elseif st == 'e' then
+    local same, why = own == ARGV[i + 1] .. ':' .. engine, redis.call('HGET', key, 'reason')
+    if same and ARGV[i + 6] == why and tonumber(last) <= tonumber(seq) then
       answer(1, 0)
     else
-      answer(4, redis.call('HGET', key, 'reason'))
+      answer(4, why)
     end
-  elseif v[2] ~= ARGV[i + 1] .. ':' .. engine then
+  elseif own ~= ARGV[i + 1] .. ':' .. engine then
     answer(2, 0)
-  elseif last > seq and first ~= seq + 1 then
-    answer(3, seq)
+  elseif before ~= seq and tonumber(last) > tonumber(seq) then
+    answer(3, tonumber(seq))
   else
-    local ended, fresh = nil, last >= first and last > seq
-    -- A token that nobody had is a row that nobody had, also where an engine cannot count its rows.
-    local most = math.max(tonumber(v[8]) + (fresh and 1 or 0), tonumber(ARGV[i + 5]))
+    local ended, fresh = nil, before == seq and last ~= before
     if fresh then
-      local log = 'rts:l:' .. rid
-      redis.call('XADD', log, last .. '-0', 'd', ARGV[i + 4])
-      if seq == 0 then
-        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5], 'hw', most, 't2', int(now))
+      local log, id = 'rts:l:' .. rid, last .. '-0'
+      redis.call('XADD', log, id, 'd', ARGV[i + 4])
+      if seq == '0' then
+        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5], 'hw', redis.call('HGET', key, 'pt'), 't2', int(now))
         redis.call('PEXPIREAT', log, int(tonumber(v[4]) + 300000))
       else
-        redis.call('HSET', key, 'seq', last, 'pr', ARGV[i + 5], 'hw', most)
+        redis.call('HSET', key, 'seq', last)
       end
-      local heard = redis.call('PUBLISH', log, last .. '-0 ' .. ARGV[i + 4])
-      if heard > 0 then
+      if redis.call('PUBLISH', log, id .. ' ' .. ARGV[i + 4]) > 0 then
         if v[5] then
           redis.call('HDEL', key, 'unheard')
         end
       elseif not v[5] then
         redis.call('HSET', key, 'unheard', int(now))
-      elseif now - tonumber(v[5]) > tonumber(v[6]) then
+      elseif now - tonumber(v[5]) > tonumber(redis.call('HGET', key, 'grace')) then
         ended = 'abandoned'
       end
-    elseif v[7] ~= ARGV[i + 5] then
-      redis.call('HSET', key, 'pr', ARGV[i + 5], 'hw', most)
+    else
+      -- Rows of the prompt that nobody had computed are progress; tokens that are known already are not.
+      local p = redis.call('HMGET', key, 'pr', 'hw', 'pt')
+      if p[1] ~= ARGV[i + 5] then
+        local rows = math.min(tonumber(ARGV[i + 5]), tonumber(p[3]))
+        redis.call('HSET', key, 'pr', ARGV[i + 5], 'hw', int(math.max(rows, tonumber(p[2] or 0))))
+      end
     end
     if ARGV[i + 6] ~= '' then
       finish(rid, ARGV[i + 6], ARGV[i + 7], now)
-      answer(0, 0)
     elseif tonumber(v[4]) <= now then
       finish(rid, 'timeout', end_blob('timeout'), now)
       answer(4, 'timeout')
     elseif ended then
       finish(rid, ended, end_blob(ended), now)
       answer(4, ended)
-    elseif fresh or last < first then
-      answer(0, 0)
-    else
+    elseif not fresh and last ~= before then
       answer(1, 0)
     end
   end

@@ -38,7 +38,7 @@ local function own(rid, v, class)
   local key = 'rts:r:' .. rid
   local epoch = redis.call('HINCRBY', key, 'ep', 1)
   redis.call('HSET', key, 'own', epoch .. ':' .. engine, 'st', 'r', 't1', v.t1 or int(now), 'hw', v.hw,
-    'mark', v.hw)
+    'mark', v.done)
   redis.call('HINCRBY', owns, engine, 1)
   mine = mine + 1
   out[#out + 1] = {rid, epoch, v.body, tonumber(v.seq), class - 1, math.max(0, now - v.t0), v.deaths, v.hw}
@@ -49,13 +49,15 @@ end
 
 local function read(rid)
   local f = redis.call('HMGET', 'rts:r:' .. rid, 'st', 'body', 'seq', 't0', 'dl', 'pr', 'mark', 'deaths',
-    'own', 'size', 'caller', 'eid', 't1', 'unheard', 'grace', 'hw')
+    'own', 'size', 'caller', 'eid', 't1', 'unheard', 'grace', 'hw', 'pt')
   if not f[1] then
     return nil
   end
-  return {st = f[1], body = f[2], seq = f[3], t0 = tonumber(f[4]), dl = tonumber(f[5]),
-    -- An owner of release 0.1 kept pr alone.
-    hw = math.max(tonumber(f[16] or 0), tonumber(f[6])), mark = tonumber(f[7]), deaths = tonumber(f[8]),
+  -- An owner of release 0.1 kept pr alone.
+  local hw = math.max(tonumber(f[16] or 0), math.min(tonumber(f[6]), tonumber(f[17])))
+  return {st = f[1], body = f[2], seq = f[3], t0 = tonumber(f[4]), dl = tonumber(f[5]), hw = hw,
+    -- All that was ever done: rows of the prompt, and tokens.
+    done = hw + tonumber(f[3]), mark = tonumber(f[7]), deaths = tonumber(f[8]),
     owner = f[9], size = tonumber(f[10]), caller = f[11], eid = f[12], t1 = f[13], unheard = tonumber(f[14]),
     grace = tonumber(f[15])}
 end
@@ -212,7 +214,7 @@ local function take_orphan(class)
     finish(rid, 'timeout', end_blob('timeout'), now)
   else
     -- Only deaths without progress tell a poisonous request from an unlucky one.
-    local deaths = v.hw <= v.mark and v.deaths + (other == NOBODY and 0 or 1) or 0
+    local deaths = v.done <= v.mark and v.deaths + (other == NOBODY and 0 or 1) or 0
     if deaths >= max_deaths then
       redis.call('XADD', 'rts:dead', '*', 'rid', rid, 'caller', v.caller, 'mv', mv, 'class', CLASSES[class],
         'why', 'engines died without progress', 'engine', other, 'deaths', deaths, 'body', v.body)

@@ -25,14 +25,13 @@ def without_fence() -> None:
     def crippled(self: shared.store.Script, client: object, name: str) -> None:
         original(self, client, name)  # type: ignore[arg-type]
         if name == "emit":
-            _replace(self, "v[2] ~= ARGV[i + 1] .. ':' .. engine", "false")
-            _replace(self, "last > seq and first ~= seq + 1", "false")
+            _replace(self, "own ~= ARGV[i + 1] .. ':' .. engine", "false")
             _replace(
                 self,
-                "local rid, first, last = ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])",
-                "local rid, first, last = ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])\n"
-                "  local at = tonumber(redis.call('HGET', 'rts:r:' .. rid, 'seq') or 0)\n"
-                "  first, last = at + 1, at + last - first + 1",
+                "local own, seq, st = v[1], v[2], v[3]",
+                "local own, seq, st = v[1], v[2], v[3]\n"
+                "  last = string.format('%.0f', (seq or 0) + last - before)\n"
+                "  before = seq",
             )
 
     shared.store.Script.__init__ = crippled  # type: ignore[method-assign]

@@ -247,7 +247,7 @@ async def assert_consistent(client: aioredis.Redis, mv: str = MV) -> State:
 
 @dataclass
 class Job:
-    """One request as the model sees it. `best`: most rows that any owner computed."""
+    """One request as the model sees it. `best`: most rows of its prompt that any owner computed."""
 
     rid: str
     caller: str
@@ -257,6 +257,7 @@ class Job:
     t0: int
     deadline: int
     grace: int
+    prompt: int
     state: str = "w"
     entry: int = 0
     owner: str = ""
@@ -268,6 +269,10 @@ class Job:
     unheard: int | None = None
     reason: str = ""
     tokens: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        return self.best + len(self.tokens)
 
 
 @dataclass
@@ -363,7 +368,7 @@ class Model:
 
     def _own(self, job: Job, engine: str) -> tuple[str, int]:
         job.epoch += 1
-        job.owner, job.state, job.mark = engine, "r", job.best
+        job.owner, job.state, job.mark = engine, "r", job.done
         if job not in self.pending[job.cls]:
             self.pending[job.cls].append(job)
             self.pending[job.cls].sort(key=lambda j: j.entry)
@@ -449,7 +454,7 @@ class Model:
             self._finish(job, "timeout")
             return "ended"
         old = job.owner
-        deaths = job.deaths + (old != keys.NOBODY) if job.best == job.mark else 0
+        deaths = job.deaths + (old != keys.NOBODY) if job.done == job.mark else 0
         if deaths >= MAX_DEATHS:
             self.dead_letters.append(job.rid)
             self._finish(job, "engine_failed")
@@ -498,7 +503,10 @@ class Model:
         if last > seq and first != seq + 1:
             return "gap", seq
         fresh, ended = last >= first and last > seq, ""
-        job.progress, job.best = progress, max(job.best + fresh, progress)
+        if fresh and not job.tokens:
+            job.progress, job.best = progress, job.prompt
+        elif not fresh:
+            job.progress, job.best = progress, max(job.best, min(progress, job.prompt))
         if fresh:
             job.tokens += texts
             if rid in self.listened:

@@ -1355,23 +1355,13 @@ async def test_three_deaths_without_progress_make_a_dead_letter(store: Store, cl
 
 
 async def test_deaths_with_progress_never_make_one(store: Store, clock: Clock) -> None:
-    await put(store, "r1")
+    await put(store, "r1", prompt=2000)
     await take(store, "e0")
     for death in range(1, 12):
-        progress = emission("r1", death, death) if death % 2 else emission("r1", death, death, 0)
-        if death % 2 == 0:
-            # In prefill: no token, but rows.
-            progress = Emission("r1", death, death, death - 1, b"", 1000 + death)
-        first = int(await field(store, "r1", "seq") or 0) + 1
-        n = progress.last - progress.first + 1
-        progress = Emission(
-            "r1",
-            death,
-            first,
-            first + n - 1,
-            make_tokens(first, ["x"]) if n else b"",
-            1000 + death,
-        )
+        # First in prefill: no token, but rows.
+        n = int(death > 5)
+        first = max(1, death - 5)
+        progress = emission("r1", death, first, n, progress=1000 + death)
         assert await emit(store, progress, engine=f"e{death - 1}") == [Emitted("ok")]
         await clock.advance(LEASE_MS + 1)
         taken = (await take(store, f"e{death}")).requests
@@ -1396,7 +1386,7 @@ async def test_progress_is_what_no_owner_did_before(store: Store, clock: Clock) 
     async def rows() -> list[str | None]:
         return [await field(store, "r1", name) for name in ("pr", "hw", "mark")]
 
-    await put(store, "r1")
+    await put(store, "r1", prompt=40)
     await take(store, "e0")
     await emit(store, emission("r1", n=0, progress=30), engine="e0")
     assert await rows() == ["30", "30", "0"]
@@ -1407,9 +1397,15 @@ async def test_progress_is_what_no_owner_did_before(store: Store, clock: Clock) 
         # The last one: its rows were dropped for want of memory, and are computed again.
         await emit(store, emission("r1", 3, n=0, progress=progress), engine="e1")
         assert await rows() == [str(progress), most, "30"]
-    # An engine that cannot count makes progress by its tokens.
+    # With a token the prompt is done, also where an engine cannot count.
     await emit(store, emission("r1", 3, progress=0), engine="e1")
-    assert await rows() == ["0", "32", "30"]
+    assert await rows() == ["0", "40", "30"]
+    await store.release(MV, "e1", [("r1", 3)])
+    (taken,) = (await take(store, "e2")).requests
+    assert await rows() == ["0", "40", "41"]
+    # What was generated before is computed again: rows beyond the prompt are none of its own.
+    await emit(store, emission("r1", 5, 2, n=0, progress=41), engine="e2")
+    assert await rows() == ["41", "40", "41"]
 
 
 async def test_a_request_that_kills_at_the_same_token_every_time_is_a_dead_letter(
@@ -1436,12 +1432,12 @@ async def test_progress_in_release_0_1_counts(store: Store, clock: Clock) -> Non
     await put(store, "r1")
     await take(store, "old")
     await store.client.hdel(keys.request("r1"), "hw")
-    await store.client.hset(keys.request("r1"), "pr", 7)
+    await store.client.hset(keys.request("r1"), "pr", 2)
     await clock.advance(LEASE_MS + 1)
     (taken,) = (await take(store, "a", calm=False)).requests
-    assert (taken.deaths, taken.progress) == (0, 7)
-    assert await emit(store, emission("r1", 2, n=0, progress=3)) == [Emitted("ok")]
-    assert await field(store, "r1", "hw") == "7"
+    assert (taken.deaths, taken.progress) == (0, 2)
+    assert await emit(store, emission("r1", 2, n=0, progress=1)) == [Emitted("ok")]
+    assert await field(store, "r1", "hw") == "2"
 
 
 async def test_a_suspect_is_taken_alone_and_by_a_calm_engine(store: Store, clock: Clock) -> None:

@@ -124,6 +124,7 @@ class Machine(RuleBasedStateMachine):
             t0=self.model.now,
             deadline=self.model.now + timeout_ms,
             grace=1000,
+            prompt=len(request.prompt),
         )
         before = len(self.model.waiting(cls))
         assert answer.outcome == self.model.enqueue(job)
