@@ -23,8 +23,11 @@ from shared.tasks import end
 
 CONFIRM_S = 0.9
 """Longest wait for Redis to confirm a subscription."""
+SILENT_S = 1.0
+"""A stream that has been silent for so long is compared with its log: a lost last message leaves no
+gap."""
 CHECK_S = 5.0
-"""How often silent streams are compared with their logs: a lost last message leaves no gap."""
+"""How often it is compared after that."""
 RETRY_S = 0.2
 """Pause between attempts to read a log while Redis is away."""
 PAGE = 512
@@ -49,6 +52,13 @@ class Subscription:
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self.heard_at = self._loop.time()
+        self.checked_at = 0.0
+
+    def is_due(self, now: float) -> bool:
+        """Whether it has been silent for so long that its log should be looked at, again."""
+        if self.checked_at < self.heard_at:
+            return now - self.heard_at > SILENT_S
+        return now - self.checked_at > CHECK_S
 
     @property
     def lagging(self) -> int:
@@ -294,11 +304,13 @@ class Hub:
     async def _check_silent(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(CHECK_S)
+            await asyncio.sleep(min(SILENT_S, CHECK_S))
             now = loop.time()
-            quiet = [reader for reader in self._readers() if now - reader.heard_at > CHECK_S]
+            quiet = [r for r in self._readers() if r.waits and r.is_due(now)]
             with suppress(StoreUnavailable):
                 await self._compare(quiet)
+                for reader in quiet:
+                    reader.checked_at = now
 
     async def _compare(self, readers: list[Subscription]) -> None:
         """What does Redis say about their requests? One round trip for many."""

@@ -144,7 +144,7 @@ async def test_what_is_not_kept_any_more_is_gone(redis_url: str) -> None:
 async def test_lost_data_ends_a_stream_with_an_error(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.hub.CHECK_S", 0.2)
+    monkeypatch.setattr("gateway.hub.SILENT_S", 0.2)
     async with open_site(redis_url) as site:
         site.worker.frozen = True
         reply = await site.http.post(site.url("/infer_stream"), json=BODY)
