@@ -320,9 +320,11 @@ class Load:
                     self._whole(stream, await reply.json())
                     return
                 if stream.kind == "double" and method == "POST":
-                    async with asyncio.TaskGroup() as tasks:
-                        tasks.create_task(self._events(stream, reply))
-                        tasks.create_task(self._read_again(stream))
+                    second = asyncio.create_task(self._read_again(stream))
+                    try:
+                        await self._events(stream, reply)
+                    finally:
+                        await second
                 else:
                     await self._events(stream, reply)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
