@@ -40,20 +40,24 @@ class Process:
         self.log = log
         self.popen = popen
         self.port = port
+        self.told_to_end = False
 
     @property
     def pid(self) -> int:
         return self.popen.pid
 
     def signal(self, number: int) -> None:
+        self.told_to_end |= number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
         self.popen.send_signal(number)
 
     def kill(self) -> None:
+        self.told_to_end = True
         self.popen.kill()
         self.popen.wait()
 
     def stop(self, timeout_s: float = 20.0) -> int:
         """SIGTERM, and the exit status."""
+        self.told_to_end = True
         self.popen.terminate()
         return self.popen.wait(timeout_s)
 

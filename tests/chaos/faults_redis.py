@@ -55,12 +55,13 @@ async def pause(stage: Stage) -> None:
     """SIGSTOP for a while: nothing answers, nothing closes."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
+        for i in range(stage.rounds):
             await load.under_way()
             world.pause_server()
             await asyncio.sleep(0.3)
             await _probe_refusal(stage)
-            await asyncio.sleep(stage.rng.random() * 2)
+            # Once for longer than every timeout and lease.
+            await asyncio.sleep(6.0 if i == 0 else stage.rng.random() * 2)
             world.resume_server()
             world.mark()
             await world.ready(2)

@@ -125,7 +125,7 @@ class Ledger:
             await asyncio.sleep(0.1)
         await self._check_ends(streams)
         await self._check_lifetimes()
-        self._check_gateways()
+        self._check_processes()
 
     async def _left_open(self) -> list[str]:
         """What a cluster without requests must not hold."""
@@ -189,7 +189,10 @@ class Ledger:
                 if left_ms == -1 or left_ms > most_s * 1000:
                     self.wrong.append(f"{name.decode()} stays for {left_ms} ms")
 
-    def _check_gateways(self) -> None:
+    def _check_processes(self) -> None:
+        for process in self._world.processes:
+            if process.popen.poll() is not None and not process.told_to_end:
+                self.wrong.append(f"{process.role}-{process.index} ended by itself")
         for gateway in self._world.of("gateway"):
             status, body = self._world.get("/health", gateway.port)
             if status != 200 or body["active_streams"]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from typing import Any
 
 import pytest
+from conftest import Server
 
+import control.main
 from control.janitor import sweep
 from control.settling import settle
 from shared import keys, messages
 from shared.messages import Request, Sampling
-from shared.store import Emission, Store
+from shared.settings import Settings
+from shared.store import Emission, Store, connect
 
 MV = "echo@1"
 
@@ -142,6 +147,30 @@ async def test_a_living_engine_is_not_forgotten(opened: Store) -> None:
     await submit(opened, "r")
     await generate(opened, "r", 1)
     assert (await sweep(opened))["forgotten"] == 0
+
+
+async def test_control_outlives_a_server_that_stands_still(
+    own_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs are cut off in the middle; that is not the end of the process."""
+    monkeypatch.setattr(control.main, "REDIS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(control.main, "RETRY_S", 0.1)
+    running = asyncio.create_task(control.main._run(Settings(redis_url=own_server.url)))
+    for _ in range(3):
+        await asyncio.sleep(1.0)
+        own_server.pause()
+        await asyncio.sleep(1.5)
+        own_server.go_on()
+        assert not running.done()
+    store = Store(connect(own_server.url, timeout_s=5))
+    await store.client.set(keys.is_open(MV), "1")
+    await submit(store, "late", timeout_ms=1)
+    async with asyncio.timeout(5):
+        while await store.client.zcard(keys.DUE):
+            await asyncio.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    await store.close()
 
 
 async def test_old_dead_letters_go(opened: Store) -> None:
