@@ -236,12 +236,13 @@ class World(Cluster):
         lines += [f"    server g{port} 127.0.0.1:{port} check\n" for port in self.ports]
         config = self.folder / "haproxy.cfg"
         config.write_text("".join(lines))
-        self._haproxy = subprocess.Popen(
-            self._lifeline.command(["haproxy", "-f", str(config), "-db"]),
-            pass_fds=self._lifeline.fds,
-            stdout=(self.folder / "haproxy.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        with (self.folder / "haproxy.log").open("wb") as log:
+            self._haproxy = subprocess.Popen(
+                self._lifeline.command(["haproxy", "-f", str(config), "-db"]),
+                pass_fds=self._lifeline.fds,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def urls(self) -> list[str]:
         """Where clients go."""
