@@ -34,6 +34,7 @@ fmt: env-dev ## format the code, fix what can be fixed
 bench: env-dev ## measure the engine alone and the whole cluster over HTTP
 	@$(PYTHON) -m realtime_serve.demo_model
 	@$(PYTHON) -m benchmarks.run
+	@$(PYTHON) -m benchmarks.emit
 
 chaos: env-dev ## make every fault happen and check every token (half an hour)
 	@PYTHONPATH=tests $(PYTHON) -m chaos.run $(CHAOS_ARGS)

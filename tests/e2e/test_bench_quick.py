@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.emit import measure
+from realtime_serve.redis_server import RedisServer
+
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +37,10 @@ def test_quick_mode_measures_everything(tmp_path: Path) -> None:
         assert part["tokens_per_s"] > 0
         assert {"server", "gateway", "worker loop", "client"} <= set(part["cpu_us_a_token"])
     assert list((tmp_path / "data").iterdir()) == [], "its servers' data is removed"
+
+
+async def test_what_a_token_costs_the_server(redis_server: RedisServer) -> None:
+    # A process's CPU time is counted in hundredths of a second.
+    cpu_us, call_us = await measure(redis_server, 16, steps=200)
+    assert 0 < cpu_us < 1000
+    assert call_us > 0
