@@ -408,7 +408,7 @@ class Store:
     async def emit(
         self, mv: str, engine: str, step: Sequence[Emission]
     ) -> tuple[int, list[Emitted]]:
-        """Appends a step to the logs and publishes it; (how many wait, an answer for each)."""
+        """Appends a step to the logs and publishes it; (how many could be taken, answers)."""
         args: list[str | bytes | int] = []
         for e in step:
             args += (e.rid, e.epoch, e.first - 1, e.last, e.tokens, e.progress, e.reason, e.end)

@@ -1,16 +1,16 @@
 #!lua
 -- Appends one step's tokens of all sequences of an engine to their logs and publishes them.
--- Keys: rts:r:<rid> rts:l:<rid> rts:leases:<mv> rts:count:<queue>, and those of finish()
+-- Keys: rts:r:<rid> rts:l:<rid> rts:leases:<mv> rts:owns:<mv> rts:count:<queue>, and those of finish()
 -- ARGV: 1 mv, 2 engine, then 8 for each sequence: rid, epoch, seq before its first token, seq of its last (the
 --       same: no tokens), messages.Tokens, progress (rows computed), end reason or '', messages.End or ''
 -- Sent every step, even with nothing to say: it renews the lease.
--- Returns {number waiting for this version, index, code, detail, index, code, detail, ...}: a triple for each
+-- Returns {number waiting for this version or handed back, index, code, detail, index, code, detail, ...}: a triple for each
 --   sequence, counted from 0, of which there is more to say than that it is done:
 --   1 duplicate (seen before); 2 fenced (another engine owns it); 3 gap (detail: last seq in the log);
 --   4 ended (detail: the reason); 5 lost (no such request here).
 local mv, engine = ARGV[1], ARGV[2]
 local now = now_ms()
-local waiting = 0
+local waiting = tonumber(redis.call('HGET', 'rts:owns:' .. mv, NOBODY) or 0)
 for class = 1, 3 do
   waiting = waiting + tonumber(redis.call('HGET', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'waiting') or 0)
 end

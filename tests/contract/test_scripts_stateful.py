@@ -267,7 +267,10 @@ class Machine(RuleBasedStateMachine):
             self._emission(engine, rid, epoch, *what)
             for (rid, epoch), what in zip(owned, said, strict=False)
         ]
-        waiting = self.model.all_waiting
+        handed_back = [
+            j for pending in self.model.pending for j in pending if j.owner == keys.NOBODY
+        ]
+        waiting = self.model.all_waiting + len(handed_back)
         number, answers = self.do(self.store.emit(MV, engine, step))
         assert number == waiting
         for e, answer in zip(step, answers, strict=True):
