@@ -133,7 +133,7 @@ class _Admission:
             answer = None
             if self._sender.terms.idempotency_key is not None:
                 # Before the charge: who comes again must get in at the limit, too.
-                answer = await edge.store.attach(self._request)
+                answer = await edge.store.attach(self._request, strict=edge.settings.strict)
             if answer is None:
                 headers = await self._charge()
                 answer = await self._enqueue()

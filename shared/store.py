@@ -290,9 +290,14 @@ class Store:
         """Gives back what was charged and not used, once for each entry of `ended`."""
         return bool(await self._run["settle"](caller, fact, tokens))
 
-    async def attach(self, request: messages.Request) -> Enqueued | None:
-        """The answer of `enqueue` if it would be attached or conflict, without queueing."""
-        reply = await self._run["attach"](request.rid, request.caller, request.digest())
+    async def attach(self, request: messages.Request, *, strict: bool = False) -> Enqueued | None:
+        """The answer of `enqueue` if it would be attached or conflict, without queueing.
+
+        Raises:
+            NotReplicated: `strict`, and no replica has it.
+        """
+        args = (request.rid, request.caller, request.digest())
+        reply = await self._call("attach", args, strict=strict)
         return _enqueued(reply) if reply[0] else None
 
     async def enqueue(
@@ -332,10 +337,13 @@ class Store:
             queue_bytes,
             messages.encode(request.view(resumable=resumable)),
         )
+        return _enqueued(await self._call("enqueue", args, strict=strict))
+
+    async def _call(self, name: str, args: tuple[str | bytes | int, ...], *, strict: bool) -> Any:
         if not strict:
-            return _enqueued(await self._run["enqueue"](*args))
+            return await self._run[name](*args)
         async with self._replica_waits:
-            return _enqueued(await self._run["enqueue"].replicated(*args))
+            return await self._run[name].replicated(*args)
 
     async def cancel(self, rid: str, caller: str, reason: str = "cancelled") -> str:
         """Ends a request: unknown (or another caller's), cancelled, or ended (before)."""

@@ -1,5 +1,5 @@
-#!lua flags=no-writes
--- Looks for a request that a repeated Idempotency-Key may attach to; changes nothing.
+#!lua
+-- Looks for a request that a repeated Idempotency-Key may attach to, and attaches.
 -- Keys: rts:r:<rid> rts:l:<rid>
 -- ARGV: 1 rid, 2 caller, 3 digest of the body
 -- Returns {0, 0} there is none to attach to; {1, messages.View} there is; {2, 0} the id is taken by another.

@@ -296,7 +296,7 @@ async def test_a_repeated_id_whose_log_is_gone_runs_anew(store: Store, clock: Cl
     assert await put(store, "r1") == Enqueued("accepted")
 
 
-async def test_attach_looks_and_changes_nothing(store: Store) -> None:
+async def test_attach_queues_nothing(store: Store) -> None:
     assert await store.attach(make_request("r1")) is None
     await put(store, "r1", resumable=True)
     before = await read_state(store.client)
@@ -304,7 +304,10 @@ async def test_attach_looks_and_changes_nothing(store: Store) -> None:
     assert await store.attach(make_request("r1")) == Enqueued("attached", view=view)
     assert await store.attach(make_request("r1", "bob")) == Enqueued("conflict")
     assert await store.attach(make_request("r1", prompt=4)) == Enqueued("conflict")
-    assert await read_state(store.client) == before
+    after = await read_state(store.client)
+    # Who attached made it its own.
+    before.requests["r1"]["att"] = ""
+    assert after == before
 
 
 async def test_an_attempt_again_is_accepted_again_whatever_has_become_of_it(store: Store) -> None:
@@ -1318,12 +1321,29 @@ async def test_the_charge_goes_over_to_the_request(store: Store, clock: Clock) -
     assert (await put(store, "r1", attempt="a2")).outcome == "attached"
     assert await store.refund("r1", "alice", "a2") is True
     assert await field(store, "r1", "st") == "w"
-    # This one's own ends it; its end settles the charge, and nothing else does.
-    assert await store.refund("r1", "alice", "a1") is True
+    # Its end settles the charge, and nothing else does.
+    assert await store.cancel("r1", "alice") == "cancelled"
     assert (await end_of(store, "r1")).reason == "cancelled"
     assert (await store.limit("alice", 10, 1000, 0)).tokens_left == 500
     (_, fact), *more = await store.client.xrange(keys.ENDED)
     assert (fact[b"charge"], more) == (b"500", [])
+
+
+@pytest.mark.parametrize("by", ["attach", "enqueue"])
+async def test_an_attempt_cannot_take_back_what_another_one_attached_to(
+    store: Store, by: str
+) -> None:
+    """Its gateway gave up and takes it back late; meanwhile the client came again."""
+    await put(store, "r1", attempt="a1")
+    if by == "attach":
+        attached = await store.attach(make_request("r1"))
+        assert attached is not None
+        assert attached.outcome == "attached"
+    else:
+        assert (await put(store, "r1", attempt="a2")).outcome == "attached"
+    assert await store.refund("r1", "alice", "a1") is False
+    assert await store.refund("r1", "alice", "a2") is False
+    assert await field(store, "r1", "st") == "w"
 
 
 async def test_an_attempt_that_was_taken_back_before_it_came_is_not_charged(store: Store) -> None:
@@ -1667,13 +1687,10 @@ async def test_a_full_or_read_only_server_changes_nothing(own_server) -> None:
                 store.depart(MV, "b"),
                 store.greet(),
                 beat(store, "a"),
+                store.attach(make_request("r0", "caller0")),
             ):
                 with pytest.raises(StoreUnavailable):
                     await call
-            # What only reads goes on.
-            there = await store.attach(make_request("r0", "caller0"))
-            assert there is not None
-            assert there.outcome == "attached"
             await store.client.execute_command(*allow)
             assert await read_state(store.client) == before
         assert await emit(store, emission("r0")) == [Emitted("ok")]

@@ -115,7 +115,7 @@ def test_the_header_tells_arguments_and_return_codes(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "common"])
 def test_the_first_line_tells_the_server_whether_it_writes(name: str) -> None:
     first, _, _ = (FOLDER / f"{name}.lua").read_text().partition("\n")
-    assert first == ("#!lua flags=no-writes" if name == "attach" else "#!lua")
+    assert first == "#!lua"
 
 
 @pytest.mark.parametrize("name", NAMES)
