@@ -149,7 +149,7 @@ async def test_a_failed_attempt_does_not_end_the_request_of_another(
         first = asyncio.create_task(site.post("/infer", BODY, key))
         await until(lambda: site.worker.running)
 
-        async def nothing(*args: Any) -> None:
+        async def nothing(*args: Any, **options: Any) -> None:
             return None
 
         async def lost(*args: Any, **options: Any) -> Any:
