@@ -54,6 +54,11 @@ async def resume(request: web.Request) -> web.StreamResponse:
             "Last-Event-ID",
         )
     subscription = await edge.hub.subscribe(record.rid, after or 0, replay=True)
+    try:
+        await edge.store.heard(record.rid)
+    except BaseException:
+        subscription.close()
+        raise
     edge.metrics.resumes += 1
     # Whoever posted it decides whether it goes on: a second reader's leaving changes nothing.
     meter = None

@@ -148,6 +148,7 @@ class _Admission:
         if answer.outcome in ("accepted", "attached"):
             if answer.outcome == "attached":
                 subscription.resync()
+                edge.send(edge.store.heard(rid))
             view = answer.view or self._request.view(resumable=self._kept)
             return Ticket(
                 Subject(rid, view, len(self._request.prompt)),

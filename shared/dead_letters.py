@@ -94,7 +94,8 @@ class DeadLetters:
         """Puts the request on its queue again, under its id; the letter stays.
 
         Nobody need be listening: it runs until its deadline, and its caller can read it for
-        `keep_ms` after its end. The same letter is replayed once, however often this is called.
+        `keep_ms` after its end. The same letter is replayed once while that lasts, however often
+        this is called.
 
         Returns:
             accepted; closed (its version takes no requests), full (its queue); running or finished

@@ -350,6 +350,12 @@ class Store:
         code = await self._run["cancel"](rid, caller, reason)
         return ("unknown", "cancelled", "ended")[code]
 
+    async def heard(self, rid: str) -> None:
+        """Somebody listens again: no time of silence goes on from an earlier `leave`."""
+        client: Any = self.client
+        async with unavailable():
+            await client.hdel(keys.request(rid), "unheard")
+
     async def leave(self, rid: str, caller: str) -> bool:
         """Notes that nobody listens to a kept request any more; False where that is not so.
 

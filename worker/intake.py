@@ -20,6 +20,11 @@ LOOK_S = 0.25
 """How often to look for orphans of dead engines when nothing else is a reason to look."""
 RETRY_S = 0.2
 """Pause after Redis did not answer."""
+COMPARE_S = 5.0
+"""How often Redis is asked what this engine owns and does not know: a call that was given up may
+arrive later than the next one, and what it hands over is in nobody's hands."""
+NEVER_MS = 10**12
+"""A lease so long that nobody is found dead."""
 
 
 class Intake:
@@ -62,6 +67,8 @@ class Intake:
         self._lease_ms = lease_ms
         self._aging_ms = aging_ms
         self._unsure = False
+        self._compared_at = 0.0
+        self._judges_at = 0.0
         self._stopping = False
 
     def stop(self) -> None:
@@ -79,6 +86,8 @@ class Intake:
                 log.warning("cannot take requests", extra={"error": error.reason})
                 # A request may have been handed over in a reply that did not arrive.
                 self._unsure = True
+                # Others may have been kept from Redis, too: their old leases prove nothing.
+                self._judges_at = asyncio.get_running_loop().time() + self._lease_ms / 1000
                 await asyncio.sleep(RETRY_S)
         if self._unsure:
             with suppress(StoreUnavailable):
@@ -107,6 +116,8 @@ class Intake:
                 return
 
     async def _admit(self) -> None:
+        if asyncio.get_running_loop().time() - self._compared_at > COMPARE_S:
+            self._unsure = True
         room = 0 if self._stopping else self._room()
         if room <= 0 and not self._unsure:
             return
@@ -123,16 +134,19 @@ class Intake:
                 self._driver.add(stream.engine_request())
 
     async def _take(self, room: int, *, calm: bool) -> list[Taken]:
+        now = asyncio.get_running_loop().time()
         known = [s.rid for s in self._outbox.streams.values()] if self._unsure else None
         take = await self._store.take(
             self._mv,
             self._engine,
             room,
-            lease_ms=self._lease_ms,
+            lease_ms=self._lease_ms if now >= self._judges_at else NEVER_MS,
             aging_ms=self._aging_ms,
             calm=calm,
             known=known,
         )
+        if self._unsure:
+            self._compared_at = now
         self._unsure = False
         self._outbox.waiting = take.waiting
         return take.requests

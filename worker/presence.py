@@ -33,6 +33,7 @@ async def listen(store: Store, url: str, engine: str, heard: asyncio.Event) -> N
                 await pubsub.subscribe(keys.control_channel(engine))
                 await _watch(store, pubsub, heard)
         except StoreUnavailable as error:
+            heard.clear()
             log.warning("control channel lost", extra={"error": error.reason})
             await asyncio.sleep(0.1)
         finally:

@@ -29,7 +29,8 @@ local function settled(lease, now)
   local run = string.match(info, 'run_id:(%w+)')
   local known = redis.call('HMGET', 'rts:server', 'run', 'since')
   local since = tonumber(known[2])
-  if known[1] ~= run then
+  -- A time to come is one before the server's clock was set back.
+  if known[1] ~= run or since > now then
     -- Where no server was noted the data are new, and nobody was connected to another one.
     since = known[1] and now or now - tonumber(string.match(info, 'uptime_in_seconds:(%d+)')) * 1000
     redis.call('HSET', 'rts:server', 'run', run, 'since', int(since))

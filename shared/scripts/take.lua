@@ -11,7 +11,7 @@
 --   orphans too, or a busy queue of a better class would keep a broken stream waiting until its deadline.
 -- A suspect is a request with a death after which nobody made progress. It is taken by a calm engine only and
 --   as the only one of a call, so that its next death is held against nobody else. Until then it holds up what
---   comes after it.
+--   has yet to begin, but not what was under way.
 -- What waited unheard for longer than its grace is not taken but ends.
 -- Returns {requests, number still waiting}; a request is
 --   {rid, epoch, body, seq, class (0-2), ms waited, deaths, most rows computed by any owner}.
@@ -23,6 +23,8 @@ local out, out_bytes, mine = {}, 0, 0
 -- One call ends at most so many requests past their deadlines beside those it takes; the rest is the next
 -- call's. After a long outage the whole queue may be late.
 local SPARE_TURNS = 256
+-- Suspects that must wait shall not hide the streams behind them.
+local SPARE_ORPHANS = 32
 local leases, owns = 'rts:leases:' .. mv, 'rts:owns:' .. mv
 
 local function stream(class)
@@ -120,7 +122,7 @@ local orphans = {{}, {}, {}}
 for _, other in ipairs(dead) do
   local found = 0
   for class = 1, 3 do
-    local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', room, other)
+    local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', room + SPARE_ORPHANS, other)
     if not pending.err then
       for _, p in ipairs(pending) do
         local ms, n = string.match(p[1], '(%d+)-(%d+)')
@@ -301,7 +303,9 @@ while room > 0 and out_bytes < max_bytes and turns > 0 do
   if not orphan then
     take_waiting(best)
   elseif not take_orphan(best) then
-    break
+    -- Other streams that were under way need not wait for it.
+    share = 0
+    peek_orphan(best)
   end
 end
 if mine > 0 then

@@ -411,7 +411,7 @@ class Model:
         orphans: list[list[Job]] = [[], [], []]
         for other in self._dead_engines(engine) if room > 0 else ():
             for cls in range(3):
-                orphans[cls] += [j for j in self.pending[cls] if j.owner == other][:room]
+                orphans[cls] += [j for j in self.pending[cls] if j.owner == other][: room + 32]
         for cls in range(3):
             orphans[cls].sort(key=lambda j: j.entry)
         live = sum(1 for at in self.engines.values() if at >= self.now - ttl)
@@ -429,9 +429,9 @@ class Model:
             if orphan:
                 job = orphans[cls][0]
                 outcome = self._take_orphan(job, alone=calm and not out)
-                if outcome == "suspect":
-                    break
                 orphans[cls].pop(0)
+                if outcome == "suspect":
+                    share = 0
                 if outcome == "taken":
                     out.append(self._own(job, engine))
                     room = 0 if job.deaths else room - 1

@@ -1709,3 +1709,45 @@ async def test_the_identity_stays_until_the_data_are_lost(store: Store) -> None:
     await store.client.flushall()
     assert await store.identity() != name
     await beat(store, "a")
+
+
+async def test_who_came_back_is_not_counted_as_away(store: Store, clock: Clock) -> None:
+    """Left once, listens since; at the moment of the take its gateway reconnects."""
+    await put(store, "r1", grace_ms=1000)
+    assert await store.leave("r1", "alice")
+    await clock.advance(500)
+    await store.heard("r1")
+    await clock.advance(10_000)
+    assert await take_ids(store) == ["r1"]
+
+
+async def test_a_clock_that_was_set_back_keeps_nobody_alive(store: Store, clock: Clock) -> None:
+    await store.greet()
+    await clock.set_server("b", 10**6)
+    await store.greet()
+    await clock.advance(-3_600_000)
+    await put(store, "r1", timeout_ms=10**8)
+    await take(store, "a")
+    await clock.advance(60_000)
+    await take(store, "b")
+    await clock.advance(1_000_000)
+    assert await take_ids(store, "b") == ["r1"]
+
+
+async def test_a_suspect_does_not_hold_up_what_was_under_way(store: Store, clock: Clock) -> None:
+    for i in range(4):
+        await put(store, f"r{i}", f"caller{i}")
+    taken = (await take(store, "z", 4)).requests
+    # Every other one makes progress before the engine dies.
+    for t in taken[1::2]:
+        await emit(store, emission(t.rid, t.epoch), engine="z")
+    await put(store, "new", "caller9")
+    await clock.advance(LEASE_MS + 1)
+    assert await take_ids(store, "a", 4, calm=False) == ["r1", "r3"]
+    # What has yet to begin waits for the suspects; each of them is alone.
+    assert await take_ids(store, "a", 4, calm=False) == []
+    assert await take_ids(store, "a", 4) == ["r0"]
+    await emit(store, emission("r0", 2))
+    assert await take_ids(store, "a", 4) == ["r2"]
+    await emit(store, emission("r2", 2))
+    assert await take_ids(store, "a", 4) == ["new"]

@@ -19,7 +19,7 @@ from worker.driver import STEPS_AHEAD, Driver, EngineThread
 from worker.engine import EngineOptions, create_engine
 from worker.engine.echo import echo_token
 from worker.engine.interface import StepOutput
-from worker.intake import Intake
+from worker.intake import NEVER_MS, Intake
 from worker.outbox import Outbox
 from worker.presence import listen
 from worker.stream import Stream
@@ -492,3 +492,38 @@ async def test_a_control_channel_that_went_silent_is_opened_again(own_server: An
     await until(heard.is_set)
     await end(task)
     await store.close()
+
+
+async def test_what_a_late_take_handed_over_is_run(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network delivers a call that was given up, after the next one: nobody read its reply."""
+    monkeypatch.setattr("worker.intake.COMPARE_S", 0.2)
+    async with worker(opened, "e1") as rig:
+        rig.heard.clear()
+        await submit(opened, "late", 3)
+        await opened.take(MV, "e1", 1, lease_ms=3000, aging_ms=30_000)
+        rig.heard.set()
+        ids, _, end_of_it = await result(opened, "late")
+        assert (len(ids), end_of_it.reason) == (3, "length")
+
+
+async def test_after_an_outage_nobody_is_found_dead_for_a_lease(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases: list[int] = []
+    async with worker(opened, "e1") as rig:
+        rig.intake._lease_ms = 2000
+        take = rig.store.take
+
+        async def recorded(*args: Any, **options: Any) -> Any:
+            leases.append(options["lease_ms"])
+            if len(leases) == 1:
+                raise StoreUnavailable("away")
+            return await take(*args, **options)
+
+        monkeypatch.setattr(rig.store, "take", recorded)
+        await until(lambda: len(leases) > 3)
+        assert leases[0] == 2000
+        assert set(leases[1:4]) == {NEVER_MS}
+        await until(lambda: leases[-1] == 2000)
