@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 
+import redis
+
 from chaos.load import Load
 from chaos.play import Scenario, Stage
-from chaos.world import old_release
+from chaos.world import World, old_release
 
 
 async def kill(stage: Stage) -> None:
@@ -19,6 +21,7 @@ async def kill(stage: Stage) -> None:
             victim = stage.rng.choice(world.of("gateway"))
             world.mark()
             victim.kill()
+            stage.proof(victim.popen.returncode == -signal.SIGKILL, "death by SIGKILL")
             await asyncio.sleep(0.8)
             world.again(victim)
             await world.ready(2)
@@ -35,8 +38,7 @@ async def drain(stage: Stage) -> None:
             world.mark()
             victim.signal(signal.SIGTERM)
             status = await asyncio.to_thread(victim.popen.wait, 30)
-            if status:
-                stage.ledger.wrong.append(f"a drained gateway exited with {status}")
+            stage.proof(status == 0, f"an orderly exit, not {status}")
             world.again(victim)
             await world.ready(2)
             await asyncio.sleep(0.3)
@@ -56,9 +58,8 @@ async def roll(stage: Stage) -> None:
                         world.again(process)
                         await world.ready(len(world.of("worker")))
                     process.signal(signal.SIGTERM)
-                    await asyncio.to_thread(process.popen.wait, 60)
-                    if process.popen.returncode:
-                        stage.ledger.wrong.append(f"{role} exited with {process.popen.returncode}")
+                    status = await asyncio.to_thread(process.popen.wait, 60)
+                    stage.proof(status == 0, f"an orderly exit of {role}, not {status}")
                     if role != "worker":
                         world.again(process)
                         await world.ready(2)
@@ -77,19 +78,27 @@ async def mixed_releases(stage: Stage) -> None:
             new = next(p for p in world.of("worker") if p is not old)
             world.mark()
             new.kill()
+            stage.proof(new.popen.returncode == -signal.SIGKILL, "death of a new worker")
             await asyncio.sleep(1.0)
             world.again(new)
             await world.ready(2)
             await load.under_way()
             world.mark()
             old.kill()
+            stage.proof(old.popen.returncode == -signal.SIGKILL, "death of an old worker")
             await asyncio.sleep(1.0)
             old = world.start("worker", env=env)
             await world.ready(2)
 
 
+SOAK = (
+    *("worker", "zombie", "hang", "drain", "gateway", "gateway drain"),
+    *("server", "pause", "scripts", "clients", "full", "read-only"),
+)
+
+
 async def soak(stage: Stage) -> None:
-    """Everything, mixed by chance, then the wait until every key is gone."""
+    """Everything, mixed by chance, two at a time; then the wait until every key is gone."""
     world, load = stage.world, stage.load
     other = Load(
         world,
@@ -99,40 +108,77 @@ async def soak(stage: Stage) -> None:
         breaks=True,
         name="other",
     )
+    faults = [kind for _ in range(max(1, stage.rounds // 2)) for kind in stage.rng.sample(SOAK, 12)]
     async with load.running(), other.running(lanes=1):
-        for _ in range(stage.rounds):
-            await load.under_way()
-            what = stage.rng.choice(("worker", "zombie", "gateway", "server", "pause", "scripts"))
+        for pair in zip(faults[::2], faults[1::2], strict=True):
+            await load.under_way(10)
             world.mark()
-            if what == "worker":
-                victim = stage.rng.choice(world.of("worker"))
-                victim.kill()
-                await asyncio.sleep(stage.rng.random() * 2)
-                world.again(victim)
-            elif what == "zombie":
-                victim = stage.rng.choice(world.of("worker"))
-                victim.signal(signal.SIGSTOP)
-                await asyncio.sleep(1 + stage.rng.random() * 2)
-                victim.signal(signal.SIGCONT)
-            elif what == "gateway":
-                victim = stage.rng.choice(world.of("gateway"))
-                victim.kill()
-                await asyncio.sleep(stage.rng.random())
-                world.again(victim)
-            elif what == "server":
-                world.redis.kill()
-                await asyncio.sleep(stage.rng.random())
-                await asyncio.to_thread(world.redis.restart)
-            elif what == "pause":
-                world.pause_server()
-                await asyncio.sleep(stage.rng.random() * 2)
-                world.resume_server()
-            else:
-                world.client.script_flush()
+            async with asyncio.TaskGroup() as tasks:
+                for kind in pair:
+                    tasks.create_task(_one_of_many(stage, kind))
             await world.ready(2)
+            stage.proof(pair, " and ".join(pair))
     load.streams += other.streams
     await stage.ledger.close_accounts(load.streams)
     await stage.ledger.nothing_left()
+
+
+async def _one_of_many(stage: Stage, kind: str) -> None:
+    world, rng = stage.world, stage.rng
+    await asyncio.sleep(rng.random())
+    match kind:
+        case "worker" | "gateway":
+            victim = rng.choice(world.of(kind))
+            victim.kill()
+            await asyncio.sleep(rng.random() * 2)
+            world.again(victim)
+        case "drain" | "gateway drain":
+            victim = rng.choice(world.of("worker" if kind == "drain" else "gateway"))
+            victim.signal(signal.SIGTERM)
+            await asyncio.to_thread(victim.popen.wait, 60)
+            world.again(victim)
+        case "zombie":
+            victim = rng.choice(world.of("worker"))
+            victim.signal(signal.SIGSTOP)
+            await asyncio.sleep(1 + rng.random() * 2)
+            victim.signal(signal.SIGCONT)
+        case "hang":
+            world.order("hang")
+            await asyncio.sleep(1 + rng.random() * 2)
+            for hanging in world.orders.glob("hang*"):
+                hanging.unlink(missing_ok=True)
+        case "server":
+            world.redis.kill()
+            await asyncio.sleep(rng.random())
+            # In this thread: the server ends with the one that started it.
+            world.redis.restart()
+        case "pause":
+            world.pause_server()
+            await asyncio.sleep(rng.random() * 2)
+            world.resume_server()
+        case "scripts":
+            await _tell(world, "SCRIPT", "FLUSH")
+        case "clients":
+            await _tell(world, "CLIENT", "KILL", "TYPE", rng.choice(("normal", "pubsub")))
+        case "full":
+            await _tell(world, "CONFIG", "SET", "maxmemory", "1")
+            await asyncio.sleep(rng.random() * 2)
+            await _tell(world, "CONFIG", "SET", "maxmemory", "0")
+        case "read-only":
+            await _tell(world, "CONFIG", "SET", "min-replicas-to-write", "1")
+            await asyncio.sleep(rng.random() * 2)
+            await _tell(world, "CONFIG", "SET", "min-replicas-to-write", "0")
+
+
+async def _tell(world: World, *command: str) -> None:
+    """Tells a server that may be away just now."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await asyncio.to_thread(world.client.execute_command, *command)
+                return
+            except redis.RedisError:
+                await asyncio.sleep(0.05)
 
 
 SCENARIOS = (
@@ -165,5 +211,5 @@ SCENARIOS = (
         settings={"drain_delay_s": 0.5, "drain_grace_s": 1},
     ),
     Scenario("old worker, new gateway", mixed_releases, workers=1, stalls="moved"),
-    Scenario("soak: all mixed", soak, gateways=2, budgets=False, breaks=False),
+    Scenario("soak: all mixed", soak, gateways=2),
 )

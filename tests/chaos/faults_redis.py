@@ -11,13 +11,14 @@ import aiohttp
 
 from chaos.load import Stream
 from chaos.play import Scenario, Stage
+from chaos.world import is_stopped
 
 MOST_REFUSAL_S = 1.0
 
 
 async def _probe_refusal(stage: Stage) -> None:
     """A new request while Redis is away: 503 with Retry-After within a second."""
-    world = stage.world
+    world, status = stage.world, 0
     async with aiohttp.ClientSession() as session:
         began = time.monotonic()
         try:
@@ -27,6 +28,7 @@ async def _probe_refusal(stage: Stage) -> None:
                 timeout=aiohttp.ClientTimeout(total=5),
             ) as reply:
                 took_s = time.monotonic() - began
+                status = reply.status
                 if reply.status != 503 or "Retry-After" not in reply.headers:
                     stage.ledger.wrong.append(f"Redis away: {reply.status} {await reply.text()}")
         except TimeoutError:
@@ -34,6 +36,7 @@ async def _probe_refusal(stage: Stage) -> None:
         # The harness keeps this machine's two cores busy: a little more than promised is allowed.
         if took_s > MOST_REFUSAL_S + 0.3:
             stage.ledger.wrong.append(f"Redis away: answered after {took_s:.2f} s")
+    stage.proof(status == 503, "a refusal")
 
 
 async def kill(stage: Stage) -> None:
@@ -42,11 +45,14 @@ async def kill(stage: Stage) -> None:
     async with load.running():
         for _ in range(stage.rounds):
             await load.under_way()
+            before = world.redis.pid
             world.redis.kill()
             await asyncio.sleep(0.3)
             await _probe_refusal(stage)
-            await asyncio.to_thread(world.redis.restart)
+            # In this thread: the server ends with the one that started it.
+            world.redis.restart()
             world.mark()
+            stage.proof(world.redis.pid != before, "another process")
             await world.ready(2)
             await asyncio.sleep(3.2)
 
@@ -59,6 +65,7 @@ async def pause(stage: Stage) -> None:
             await load.under_way()
             world.pause_server()
             await asyncio.sleep(0.3)
+            stage.proof(is_stopped(world.redis.pid), "a server that stands still")
             await _probe_refusal(stage)
             # Once for longer than every timeout and lease.
             await asyncio.sleep(6.0 if i == 0 else stage.rng.random() * 2)
@@ -131,6 +138,8 @@ async def scripts_flushed(stage: Stage) -> None:
         for _ in range(stage.rounds):
             await load.under_way()
             world.mark()
+            cached = world.client.info("memory")["number_of_cached_scripts"]
+            stage.proof(cached, "cached scripts")
             world.client.script_flush()
             await asyncio.sleep(0.5)
 
@@ -152,6 +161,7 @@ async def flushed(stage: Stage) -> None:
                 stage.ledger.wrong.append(f"after FLUSHALL {stream.reason} {stream.wrong[:2]}")
             elif not stream.broken.startswith("{"):
                 stage.ledger.wrong.append(f"no error was said: {stream.broken}")
+        stage.proof(all(stream.broken for stream in victims), "streams that were told")
         await world.ready(2)
         again: list[Stream] = [load.make(f"again{number}", "keyed") for _ in range(20)]
         await load.play(again)
@@ -168,7 +178,8 @@ async def kill_clients(stage: Stage) -> None:
         for i in range(stage.rounds):
             await load.under_way()
             world.mark()
-            world.client.client_kill_filter(_type=("pubsub", "normal")[i % 2], skipme=True)
+            killed = world.client.client_kill_filter(_type=("pubsub", "normal")[i % 2], skipme=True)
+            stage.proof(killed, "connections killed")
             await asyncio.sleep(0.7)
 
 
@@ -182,8 +193,9 @@ async def fail_over(stage: Stage) -> None:
             await load.under_way()
             old = pair.primary()
             old.kill()
-            await asyncio.to_thread(pair.wait_for_failover, old)
+            new = await asyncio.to_thread(pair.wait_for_failover, old)
             world.mark()
+            stage.proof(new is not old, "another primary")
             stage.ledger.follow()
             await asyncio.sleep(1.0)
             old.start()
@@ -202,8 +214,9 @@ async def fail_over_paused(stage: Stage) -> None:
             await load.under_way()
             old = pair.primary()
             old.pause()
-            await asyncio.to_thread(pair.wait_for_failover, old)
+            new = await asyncio.to_thread(pair.wait_for_failover, old)
             world.mark()
+            stage.proof(new is not old, "another primary")
             stage.ledger.follow()
             await asyncio.sleep(1.0)
             old.go_on()
@@ -224,7 +237,9 @@ SCENARIOS = (
     Scenario("Redis paused", pause, clip=True),
     Scenario("Redis memory full", full, clip=True),
     Scenario("Redis read-only", read_only, clip=True),
-    Scenario("Redis append-only file, disk full", disk_full, clip=True, root=True, disk_mb=24),
+    Scenario(
+        "Redis append-only file, disk full", disk_full, fast=True, clip=True, root=True, disk_mb=24
+    ),
     Scenario("failover by Sentinel, strict", fail_over, **_PAIR),
     Scenario("failover of a paused primary, strict", fail_over_paused, **_PAIR),
     Scenario("SCRIPT FLUSH", scripts_flushed),

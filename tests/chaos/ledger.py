@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 import redis.asyncio as aioredis
 
-from chaos.world import KEEP_S, TOKENS_PER_MINUTE
+from chaos.world import KEEP_S
 from shared import keys, messages
 
 if TYPE_CHECKING:
@@ -21,10 +21,17 @@ if TYPE_CHECKING:
 
 SETTLED_S = 12.0
 """Longest time until all that is left of a scenario has ended by itself: graces and leases here."""
-BUDGET_SLACK = 12
-"""Tokens by which a bucket may differ: between a charge and the request's own time."""
+BUDGET_SLACK_US = 240_000
+"""A bucket's time may differ by what passes between a charge and the request's own time."""
 OPEN_END = {"cancelled", "abandoned"}
 """How a request may end of which no client was told that it was accepted."""
+STAYS = {
+    *("models", "m", "f", "open", "engines", "cards", "server", "id", "secret", "wake"),
+    *("q", "count", "ended", "dead", "arq"),
+}
+"""Kinds of keys that are not of one request; what they hold is checked, or is capped."""
+LIFETIMES_S = {"r": KEEP_S + 5, "l": KEEP_S, "charge": 60, "settled": 3600, "b": 61}
+"""Longest time that the other kinds stay after the end."""
 _BUCKET_EPOCH_US = 1_700_000_000_000_000
 
 
@@ -32,7 +39,7 @@ class Ledger:
     """What was found while a scenario ran, and what is checked after it.
 
     Attributes:
-        wrong: what must not be.
+        wrong: what must not be. budgets: how many callers' were checked.
     """
 
     def __init__(self, world: World) -> None:
@@ -42,6 +49,9 @@ class Ledger:
         self._began: dict[str, int] = {}
         self.wrong: list[str] = []
         self.checks_budgets = True
+        self.budgets = 0
+        # Microseconds of a caller's bucket a token.
+        self._step_us = 60e6 / max(1, int(world.settings["tokens_per_minute"]))
 
     def _connect(self) -> Any:
         client: Any = aioredis.Redis.from_url(self._world.data_url, socket_timeout=5)
@@ -82,8 +92,8 @@ class Ledger:
     async def check_budget(self, caller: str, streams: list[Stream]) -> None:
         """A caller has paid for what it used, not more and not less.
 
-        Its bucket is a time: that of its first charge and 20 ms for each token since. All was
-        charged at once when its streams began, so it never was full in between.
+        Its bucket is a time: that of its first charge and 60 s / limit for each token since. All
+        was charged at once when its streams began, so it never was full in between.
         """
         if not self.checks_budgets or any(s.refused_s or not s.rid for s in streams):
             return
@@ -91,7 +101,6 @@ class Ledger:
         if first is None:
             return
         key = keys.bucket(f"id:{caller}")
-        step_us = 60e6 / TOKENS_PER_MINUTE
         deadline = time.monotonic() + 8
         while True:
             used = 0
@@ -105,8 +114,9 @@ class Ledger:
             tat = await self._ask(lambda: self._client.hget(key, "t"))
             if tat is None:
                 return
-            paid = (float(tat) - first) / step_us
-            if abs(paid - used) <= BUDGET_SLACK:
+            paid = (float(tat) - first) / self._step_us
+            if abs(paid - used) * self._step_us <= BUDGET_SLACK_US:
+                self.budgets += 1
                 return
             if time.monotonic() > deadline:
                 self.wrong.append(f"{caller} paid {paid:.1f} tokens and used {used}")
@@ -156,13 +166,15 @@ class Ledger:
         known = {s.rid: s for s in streams if s.rid and not s.closed}
         for rid, stream in known.items():
             ends = facts.pop(rid, [])
-            if stream.refused_s:
-                # An attempt that was refused may have been queued and taken back; each is a run.
-                ends = [e for e in ends if e[b"reason"] != b"cancelled"] or ends[:1]
+            if stream.refused_s and 1 < len(ends) <= 1 + len(stream.refused_s):
+                # An attempt that was refused may have run until it was taken back, or until its
+                # tokens were not kept any more; the last one is the client's.
+                ends = ends[-1:]
             if len(ends) != 1:
-                if not (stream.broken and not stream.wrong and not ends):
-                    stream.wrong.append(f"ended {len(ends)} times")
+                stream.wrong.append(f"ended {len(ends)} times")
                 continue
+            if stream.reason == "left" and ends[0][b"reason"].decode() not in OPEN_END:
+                stream.wrong.append(f"its client left, and it ended as {ends[0][b'reason']!r}")
             if stream.complete:
                 if int(ends[0][b"tokens"]) != stream.seen:
                     stream.wrong.append(
@@ -180,15 +192,13 @@ class Ledger:
 
     async def _check_lifetimes(self) -> None:
         """Whatever is of one request goes away by itself."""
-        for pattern, most_s in (
-            ("r", KEEP_S + 5),
-            ("l", KEEP_S),
-            ("charge", 60),
-        ):
-            async for name in self._client.scan_iter(f"rts:{pattern}:*", count=1000):
-                left_ms = await self._client.pttl(name)
-                if left_ms == -1 or left_ms > most_s * 1000:
-                    self.wrong.append(f"{name.decode()} stays for {left_ms} ms")
+        async for name in self._client.scan_iter("rts:*", count=1000):
+            kind = name.decode().split(":")[1]
+            if kind in STAYS:
+                continue
+            left_ms = await self._client.pttl(name)
+            if left_ms == -1 or left_ms > LIFETIMES_S.get(kind, 0) * 1000:
+                self.wrong.append(f"{name.decode()} stays for {left_ms} ms")
 
     def _check_processes(self) -> None:
         for process in self._world.processes:

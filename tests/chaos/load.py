@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -77,12 +78,15 @@ class Stream:
     def complete(self) -> bool:
         return self.reason in ("stop", "length")
 
-    def stall(self, mark: float, until: float, *, clip: bool) -> float | None:
+    def stall(self, mark: float, until: float, *, clip: bool, first: bool) -> float | None:
         """The longest wait for a token that goes on at `mark` or begins between it and `until`.
 
-        None for a stream that was not under way then. `clip` counts from the mark on only.
+        None for a stream that was not under way then. `clip` counts from the mark on only; `first`
+        takes in who waited for a first token then, from the mark on.
         """
         times = self.arrivals
+        if first and times and self.started < mark < times[0]:
+            return times[0] - mark
         if not times or times[0] > mark or times[-1] <= mark:
             return None
         gaps = [
@@ -104,7 +108,7 @@ class Load:
         world: where they go. rng: decides everything about them. ledger: what they check against.
         kinds: of streams, in equal parts. tokens: shortest and longest stream.
         breaks: a stream may be told that it failed. name: of callers and streams.
-        limit_s: longest time for one stream.
+        limit_s: longest time for one stream. narrow: what is not read yet stays with the gateway.
     """
 
     def __init__(
@@ -118,11 +122,14 @@ class Load:
         breaks: bool = False,
         name: str = "caller",
         limit_s: float = 60.0,
+        narrow: bool = False,
     ) -> None:
         self.world = world
         self._name = name
         self._limit_s = limit_s
+        self._narrow = narrow
         self.rng = rng
+        self._seed = rng.getrandbits(62)
         self.ledger = ledger
         self.kinds = kinds
         self.tokens = tokens
@@ -159,7 +166,9 @@ class Load:
 
     def make(self, caller: str, kind: str, **fields: Any) -> Stream:
         """A stream by chance."""
-        rng = self.rng
+        number = next(self._numbers)
+        # Its own: what one stream is does not hang on how fast others were.
+        rng = random.Random(f"{self._seed} {self._name} {number}")
         seed = rng.getrandbits(62)
         most = rng.randint(*self.tokens)
         expected = letters(seed, most)
@@ -170,7 +179,7 @@ class Load:
             end = expected.find(stop)
             expected, tokens = expected[:end], end + len(stop)
         stream = Stream(
-            name=f"{self._name}-{next(self._numbers)}",
+            name=f"{self._name}-{number}",
             caller=caller,
             kind=kind,
             seed=seed,
@@ -179,7 +188,7 @@ class Load:
             expected=expected,
             tokens=tokens,
             stop=stop,
-            pause_at=rng.randint(3, most - 8),
+            pause_at=rng.randint(3, most // 2),
             priority=rng.choice(("high", "normal", "low")),
             **fields,
         )
@@ -203,7 +212,8 @@ class Load:
             await self.ledger.check_log(stream)
         if not stream.complete and not stream.wrong and stream.kind not in ("vanish", "cancel"):
             stream.broken = stream.broken or "no end"
-            if not self.breaks:
+            refused = stream.kind == "refusable" and stream.refused_s
+            if not self.breaks and not refused:
                 stream.wrong.append(f"broken: {stream.broken}")
 
     # -- lanes --
@@ -211,8 +221,12 @@ class Load:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=1, sock_read=3)
+        connector = aiohttp.TCPConnector(
+            limit=0, force_close=True, socket_factory=_narrow_socket if self._narrow else None
+        )
+        bufsize = 256 if self._narrow else 1 << 16
         async with aiohttp.ClientSession(
-            timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+            timeout=timeout, connector=connector, read_bufsize=bufsize
         ) as self._session:
             yield
 
@@ -362,7 +376,7 @@ class Load:
 
     async def _events(self, stream: Stream, reply: aiohttp.ClientResponse) -> None:
         buffer = b""
-        async for chunk in reply.content.iter_any():
+        while chunk := await self._chunk(stream, reply):
             buffer += chunk
             *blocks, buffer = buffer.split(b"\n\n")
             for block in blocks:
@@ -371,6 +385,13 @@ class Load:
                 return
             if await self._misbehave(stream):
                 return
+
+    async def _chunk(self, stream: Stream, reply: aiohttp.ClientResponse) -> bytes:
+        if stream.kind != "slow":
+            return await reply.content.readany()
+        # Some seventy tokens a second, and buffers that hold little more than that.
+        await asyncio.sleep(0.02)
+        return await reply.content.read(200)
 
     def _event(self, stream: Stream, block: bytes) -> None:
         number, data = -1, b""
@@ -391,6 +412,9 @@ class Load:
         token, reason = _content(stream.kind, body)
         if token is not None:
             self._token(stream, number, token)
+        usage = body.get("usage")
+        if usage and usage["completion_tokens"] != number:
+            stream.wrong.append(f"usage {usage} at {number}")
         if reason:
             stream.reason = reason
             if number != stream.seen and stream.kind != "stop":
@@ -423,8 +447,6 @@ class Load:
             stream.pause_at = 0
             await self._cancel(stream)
             return stream.reason == "left"
-        if kind == "slow":
-            await asyncio.sleep(0.05)
         return False
 
     async def _cancel(self, stream: Stream) -> None:
@@ -433,8 +455,15 @@ class Load:
             async with self._session.delete(
                 f"{self._url()}/requests/{stream.rid}", headers={"X-Client-Id": stream.caller}
             ) as reply:
-                if reply.status == 200:
+                if reply.status == 200 and (await reply.json())["status"] == "cancelled":
                     stream.reason = "left"
+
+
+def _narrow_socket(info: Any) -> socket.socket:
+    family, kind, proto, _, _ = info
+    narrow = socket.socket(family, kind, proto)
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return narrow
 
 
 def _content(kind: str, body: dict[str, Any]) -> tuple[str | None, str]:

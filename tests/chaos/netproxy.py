@@ -49,9 +49,13 @@ class NetProxy:
         self._open.set()
         await end(*self._serving)
 
-    def silence(self) -> None:
-        """From now on nothing gets through, in either direction, and nothing is closed."""
+    def silence(self) -> int:
+        """From now on nothing gets through, in either direction, and nothing is closed.
+
+        Returns how many connections there are.
+        """
         self._open.clear()
+        return len(self._links)
 
     def heal(self) -> None:
         """New connections work; those that were silent stay so, as a firewall leaves them."""
@@ -61,11 +65,13 @@ class NetProxy:
         self._links.clear()
         self._open.set()
 
-    def cut(self) -> None:
-        """Closes every connection in the middle of whatever it carries."""
-        for link in list(self._links):
+    def cut(self) -> int:
+        """Closes every connection in the middle of whatever it carries; how many there were."""
+        links = list(self._links)
+        for link in links:
             for writer in link:
                 writer.transport.abort()
+        return len(links)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -7,6 +7,9 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
+import tempfile
+import zlib
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -17,6 +20,9 @@ from chaos.ledger import Ledger
 from chaos.load import SURVIVING, Load, Stream, tally
 from chaos.world import LEASE_MS, World
 
+REQUIRED = "CHAOS_REQUIRED"
+"""Environment variable: what cannot be played here is a failure, as in CI, which installs it."""
+NOT_ALLOWED = "it needs root that may mount disks and filter packets"
 WINDOW_S = 20.0
 """A stall belongs to a fault when it begins at most so long after it."""
 
@@ -28,6 +34,7 @@ class Stage:
     Attributes:
         rounds: how often it makes its fault happen.
         stack: closes what a scenario opened, after the accounts.
+        struck: what shows that the faults really happened.
     """
 
     world: World
@@ -36,6 +43,13 @@ class Stage:
     rng: random.Random
     rounds: int
     stack: AsyncExitStack
+    struck: list[str] = field(default_factory=list)
+
+    def proof(self, value: object, what: str) -> None:
+        """Says that a fault happened, and how that is known; it is wrong if it did not."""
+        self.struck.append(what)
+        if not value:
+            self.ledger.wrong.append(f"the fault did not happen: {what} is {value!r}")
 
 
 Act = Callable[[Stage], Awaitable[None]]
@@ -51,6 +65,7 @@ class Scenario:
         gateways, workers, replicas: processes. balanced: behind a load balancer.
         kinds: of streams. breaks: plain streams may be told that they failed.
         stalls: whose stalls count: moved (to another worker), resumed, all.
+        hits_few: it is no wonder if a fault hits none of them.
         clip: a stall is counted from the mark on, not from the token before it.
         disk_mb: the server's data is on a small disk of its own.
         replicated: there are a replica and sentinels.
@@ -73,6 +88,7 @@ class Scenario:
     breaks: bool = False
     budgets: bool = True
     stalls: str = "all"
+    hits_few: bool = False
     clip: bool = False
     disk_mb: int = 0
     replicated: bool = False
@@ -88,8 +104,8 @@ class Scenario:
         for program in self.programs:
             if not (shutil.which(program) or Path(program).exists()):
                 return f"{program} is not installed"
-        if self.root and os.geteuid() != 0:
-            return "it needs root"
+        if self.root and not is_allowed():
+            return NOT_ALLOWED
         return ""
 
 
@@ -114,6 +130,11 @@ class Row:
     recomputed: int = 0
     moved: int = 0
     resumed: int = 0
+
+
+def seed_of(base: int, name: str, server: str) -> int:
+    """A scenario's own seed: one row alone is played as it was among all."""
+    return zlib.crc32(f"{base} {name} {server}".encode())
 
 
 async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, rounds: int) -> Row:
@@ -154,13 +175,30 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
         await asyncio.sleep(2 * LEASE_MS / 1000)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(ledger.close)
-            await scenario.act(Stage(world, load, ledger, rng, rounds, stack))
+            stage = Stage(world, load, ledger, rng, rounds, stack)
+            await scenario.act(stage)
             await ledger.close_accounts(load.streams)
+            if len(stage.struck) < rounds:
+                ledger.wrong.append(f"{len(stage.struck)} proofs for {rounds} faults")
+            if scenario.budgets and not ledger.budgets:
+                ledger.wrong.append("no budget was checked")
         _sum_up(row, scenario, world, load.streams, ledger)
         if row.wrong and not scenario.expect_wrong:
             print("\n".join(row.wrong[:40]))
             show_logs(world)
     return row
+
+
+def is_allowed() -> bool:
+    """Whether this process may mount disks and filter packets: root in a container may not."""
+    if os.geteuid() != 0 or not shutil.which("nft"):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        for command in (["nft", "list", "tables"], ["mount", "-t", "tmpfs", "tmpfs", folder]):
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                return False
+        subprocess.run(["umount", folder], check=True)
+    return True
 
 
 def show_logs(world: World) -> None:
@@ -182,15 +220,25 @@ def _sum_up(
     row.moved = sum(s.moves > 0 for s in streams)
     row.resumed = sum(s.resumes > 0 for s in streams)
     marks = [*world.marks, float("inf")]
-    for mark, following in itertools.pairwise(marks):
-        for stream in streams:
-            if scenario.stalls == "moved" and not stream.moves:
-                continue
-            if scenario.stalls == "resumed" and not (stream.resumes and stream.kind != "flaky"):
-                continue
+    for stream in streams:
+        if scenario.stalls == "moved" and not stream.moves:
+            continue
+        if scenario.stalls == "resumed" and not (stream.resumes and stream.kind != "flaky"):
+            continue
+        found = []
+        for mark, following in itertools.pairwise(marks):
             until = min(following, mark + WINDOW_S)
-            stall = stream.stall(mark, until, clip=scenario.clip)
+            stall = stream.stall(mark, until, clip=scenario.clip, first=scenario.stalls == "moved")
             if stall is not None:
-                row.stalls_s.append(stall)
-                if stream.moves:
-                    row.recomputed += len(stream.prompt) + sum(t <= mark for t in stream.arrivals)
+                found.append((stall, mark))
+        if scenario.stalls == "moved":
+            # It was under way at other faults, too, which hit another worker.
+            found = sorted(found)[-stream.moves :]
+        row.stalls_s += [stall for stall, _ in found]
+        if stream.moves:
+            row.recomputed += sum(
+                len(stream.prompt) + sum(t <= mark for t in stream.arrivals) for _, mark in found
+            )
+    hit = {"moved": row.moved, "resumed": row.resumed}.get(scenario.stalls, row.faults)
+    if hit < row.faults and not scenario.hits_few:
+        row.wrong.append(f"{row.faults} faults hit {hit} streams")

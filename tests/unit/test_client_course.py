@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,7 +24,12 @@ from realtime_serve.client import (
     ServerError,
     StreamLostError,
     Token,
+    course,
+    wire,
 )
+
+Script = bytes | Sequence[bytes | float]
+"""An answer, or its parts and the seconds between them."""
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}
 DONE = b"data: [DONE]\n\n"
@@ -65,30 +73,48 @@ def refusal(status: int, code: str, **headers: str) -> bytes:
 
 
 WHOLE = stream(tokens(1, 4) + end() + DONE)
+LATE = (0.3, WHOLE)
+CANCELLED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 
 
 @asynccontextmanager
-async def gateway(*script: bytes) -> AsyncIterator[tuple[str, list[str]]]:
+async def gateway(*script: Script) -> AsyncIterator[tuple[str, list[str]]]:
     """One that gives these answers in turn: its URL, and the requests that came."""
-    left, seen = list(script), []
+    left, seen, gone = list(script), [], asyncio.Event()
+    busy: set[asyncio.Task[Any]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        busy.add(task)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             after = [line[15:] for line in head.split("\r\n") if line.startswith("Last-Event-ID:")]
             seen.append(" ".join([*head.split(" ", 2)[:2], *after]))
-            writer.write(left.pop(0) if left else refusal(500, "script_is_over"))
-            await writer.drain()
+            answer = left.pop(0) if left else refusal(500, "script_is_over")
+            for part in [answer] if isinstance(answer, bytes) else answer:
+                if isinstance(part, float):
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(gone.wait(), part)
+                else:
+                    writer.write(part)
+                    await writer.drain()
         writer.close()
+        busy.discard(task)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
-    server.close()
-    await server.wait_closed()
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+    finally:
+        gone.set()
+        server.close()
+        await server.wait_closed()
+        if busy:
+            await asyncio.wait(busy)
 
 
 @asynccontextmanager
-async def play(*script: bytes, **settings: Any) -> AsyncIterator[tuple[AsyncClient, list[str]]]:
+async def play(*script: Script, **settings: Any) -> AsyncIterator[tuple[AsyncClient, list[str]]]:
     """A client of one such gateway; and the requests that came."""
     async with gateway(*script) as (url, seen), AsyncClient(url, **settings) as client:
         yield client, seen
@@ -225,11 +251,21 @@ async def test_questions_are_asked_again_too() -> None:
     assert seen == ["GET /models"] * 4
 
 
-async def test_signs_of_life_are_progress() -> None:
-    script = [stream(b": keep-alive\n")] * 12
-    async with play(*script, WHOLE, patience_s=0.3) as (client, seen):
+async def test_signs_of_life_of_a_connection_that_lasts_are_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(course, "LASTING_S", 0.04)
+    script = [stream(b": keep-alive\n"), 0.05, b": keep-alive\n"]
+    async with play(*[script] * 12, WHOLE, patience_s=0.3) as (client, seen):
         assert await read(client.stream("x", model="m")) == ("1234", None)
     assert len(seen) == 13
+
+
+async def test_a_sign_of_life_and_a_cut_again_and_again_are_given_up() -> None:
+    async with play(*[stream(b": keep-alive\n")] * 50, patience_s=0.3) as (client, seen):
+        text, error = await read(client.stream("x", model="m"))
+    assert (text, type(error)) == ("", APIConnectionError)
+    assert 3 <= len(seen) < 10
 
 
 async def test_streams_that_notice_the_same_death_move_on_together() -> None:
@@ -288,3 +324,117 @@ async def test_threads_that_wait_when_the_client_is_closed(reply: bytes) -> None
         await asyncio.to_thread(client.close)
         async with asyncio.timeout(1):
             await asyncio.gather(*waiting)
+
+
+# A task that is cancelled before the gateway has answered.
+
+
+async def _infer(client: AsyncClient) -> None:
+    await client.infer("x", model="m")
+
+
+async def _enter(client: AsyncClient) -> None:
+    async with client.stream("x", model="m"):
+        pass
+
+
+async def _iterate(client: AsyncClient) -> None:
+    async for _ in client.stream("x", model="m"):
+        pass
+
+
+async def timed_out(work: Awaitable[None]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await work
+        raise AssertionError("it was not cancelled")
+
+
+async def until_count(seen: list[str], count: int) -> None:
+    async with asyncio.timeout(2):
+        while len(seen) < count:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("ask", [_infer, _enter, _iterate])
+@pytest.mark.parametrize("close", [False, True])
+async def test_a_task_cancelled_before_an_answer_cancels_its_request(
+    ask: Callable[[AsyncClient], Awaitable[None]], close: bool
+) -> None:
+    async with play(LATE, CANCELLED) as (client, seen):
+        began = time.monotonic()
+        await timed_out(ask(client))
+        assert time.monotonic() - began < 0.25
+        if close:
+            await client.close()
+        else:
+            await until_count(seen, 2)
+    assert seen == ["POST /infer_stream", "DELETE /requests/r"]
+
+
+async def test_closing_the_client_cancels_what_no_gateway_has_answered() -> None:
+    async with play(LATE, CANCELLED) as (client, seen):
+        reading = asyncio.create_task(read(client.stream("x", model="m")))
+        await until_count(seen, 1)
+        await client.close()
+        assert seen == ["POST /infer_stream", "DELETE /requests/r"]
+        text, error = await reading
+        assert (text, type(error)) == ("", RuntimeError)
+
+
+async def test_ctrl_c_before_an_answer_cancels_the_request() -> None:
+    async with gateway((0.5, WHOLE), CANCELLED) as (url, seen):
+        code = f"from realtime_serve import Client; Client({url!r}).infer('x', model='m')"
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stderr=asyncio.subprocess.DEVNULL
+        )
+        async with asyncio.timeout(20):
+            while not seen:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            program.send_signal(signal.SIGINT)
+            assert await program.wait() == -signal.SIGINT
+    assert seen == ["POST /infer_stream", "DELETE /requests/r"]
+
+
+async def test_a_stream_detached_before_an_answer_is_made_and_not_cancelled() -> None:
+    async with play(LATE, CANCELLED) as (client, seen):
+        it = client.stream("x", model="m")
+        await timed_out(anext(it))  # type: ignore[arg-type]
+        await it.detach()
+    assert seen == ["POST /infer_stream"]
+
+
+async def test_waiting_for_a_token_can_be_given_up_and_taken_up_again() -> None:
+    async with play(LATE) as (client, seen):
+        it = client.stream("x", model="m")
+        await timed_out(anext(it))  # type: ignore[arg-type]
+        assert await read(it) == ("1234", None)
+    assert seen == ["POST /infer_stream"]
+
+
+@pytest.mark.parametrize("answer", [refusal(429, "rate_limit_exceeded"), b"", refusal(200, "")])
+async def test_nothing_is_cancelled_where_nothing_was_accepted(
+    answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with play((0.3, answer), CANCELLED) as (client, seen):
+        await timed_out(_infer(client))
+        await client.close()
+    assert seen == ["POST /infer_stream"]
+    # Of a background task whose exception nobody looked at.
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_gateway_that_never_answers_does_not_keep_the_client_open(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "LAST_WORDS_S", 0.2)
+    async with play((30.0, WHOLE), (30.0, WHOLE)) as (client, seen):
+        reading = asyncio.create_task(read(client.stream("x", model="m")))
+        await until_count(seen, 1)
+        await timed_out(_infer(client))
+        async with asyncio.timeout(1):
+            await client.close()
+            text, error = await reading
+        assert (text, type(error)) == ("", RuntimeError)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
