@@ -78,7 +78,12 @@ class AsyncStream(StreamView):
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        await self._course.open()
+        try:
+            await self._course.open()
+        except BaseException:
+            # Cancelled: what was not entered is not exited.
+            self._course.leave(cancel=True)
+            raise
         return self
 
     async def __aexit__(

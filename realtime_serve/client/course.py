@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from realtime_serve.client import errors
 from realtime_serve.client.answers import Token
 from realtime_serve.client.transcript import Event, EventReader, Transcript
 from realtime_serve.client.wire import Reply, Wire, request_path
+
+LASTING_S = 1.0
+"""Age of a connection from which on its signs of life are progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +41,14 @@ class Course:
         self._wire = wire
         self._post = post
         self._patience = wire.patience()
+        self._posting: asyncio.Task[Reply] | None = None
         self._reply: Reply | None = None
+        self._connected_at = 0.0
         self._reader = EventReader()
         self._events: deque[Event] = deque()
         self._opened = False
         self._failure: errors.APIError | None = None
         self._left = False
-        self._unwanted = False
 
     @property
     def over(self) -> bool:
@@ -86,9 +91,12 @@ class Course:
         if self.over:
             return
         self._left = True
-        self._unwanted = cancel and self._post is not None
         self._hang_up()
-        if self._unwanted and self.transcript.request_id:
+        cancel = cancel and self._post is not None
+        if self._posting is not None:
+            posting, self._posting = self._posting, None
+            self._wire.abandon(posting, cancel=cancel)
+        elif cancel and self.transcript.request_id:
             self._wire.withdraw(self.transcript.request_id)
 
     async def _step(self) -> list[Token]:
@@ -114,13 +122,14 @@ class Course:
         rid, post = self.transcript.request_id, self._post
         self._reader = EventReader()
         if not rid and post is not None:
-            # Once more with the same key, should its answer get lost, attaches to what it started.
-            headers = {
-                "Content-Type": "application/json",
-                "Idempotency-Key": post.key,
-                "X-Resumable": f"{self._wire.limits.grace_s:.3f}",
-            }
-            reply = await self._wire.open("POST", post.path, headers, post.body)
+            posting = self._posting = self._posting or self._start(post)
+            # It goes on when the task that waits here is cancelled: what a gateway has accepted
+            # can only be cancelled by the name that its answer gives it.
+            await asyncio.wait([posting])
+            if self._left:
+                return
+            self._posting = None
+            reply = posting.result()
         else:
             headers = {"Last-Event-ID": str(self.transcript.last)}
             try:
@@ -137,14 +146,22 @@ class Course:
                 ) from error
         if self._left:
             reply.close()
-            if self._unwanted and not rid:
-                self._wire.withdraw(reply.request_id)
             return
         if not reply.is_stream:
             reply.close()
             raise errors.APIError("The server did not answer with a stream", code="no_stream")
         self.transcript.request_id = rid or reply.request_id
         self._reply, self._opened = reply, True
+        self._connected_at = time.monotonic()
+
+    def _start(self, post: Post) -> asyncio.Task[Reply]:
+        # Once more with the same key, should its answer get lost, attaches to what it started.
+        headers = {
+            "Content-Type": "application/json",
+            "Idempotency-Key": post.key,
+            "X-Resumable": f"{self._wire.limits.grace_s:.3f}",
+        }
+        return asyncio.create_task(self._wire.open("POST", post.path, headers, post.body))
 
     async def _read(self, reply: Reply) -> list[Token]:
         if not self._events:
@@ -156,7 +173,9 @@ class Course:
                 )
             comments = self._reader.comments
             self._events.extend(self._reader.feed(data))
-            if self._reader.comments > comments:
+            # A gateway that greets each connection and cuts it would be asked without end.
+            lasting = time.monotonic() - self._connected_at >= LASTING_S
+            if lasting and self._reader.comments > comments:
                 self._patience.progress()
         tokens: list[Token] = []
         while self._events and not self.transcript.done:

@@ -120,7 +120,12 @@ class Stream(StreamView):
         return self._next()
 
     def __enter__(self) -> Self:
-        self._thread.call(self._course.open())
+        try:
+            self._thread.call(self._course.open())
+        except BaseException:
+            # Ctrl-C: what was not entered is not exited.
+            self.close()
+            raise
         return self
 
     def __exit__(

@@ -231,6 +231,15 @@ class Wire:
         if not self.closed:
             self._send(self._withdraw(request_id))
 
+    def abandon(self, posting: asyncio.Task[Reply], *, cancel: bool) -> None:
+        """Awaits in the background an answer that nobody waits for any more.
+
+        Args:
+            posting: it comes from this.
+            cancel: end the request that it accepts.
+        """
+        self._send(self._abandon(posting, cancel))
+
     async def close(self) -> None:
         """Finishes what runs in the background, then closes all connections. Idempotent."""
         if self._errands:
@@ -246,6 +255,16 @@ class Wire:
         task = asyncio.get_running_loop().create_task(errand)
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
+
+    async def _abandon(self, posting: asyncio.Task[Reply], cancel: bool) -> None:
+        try:
+            reply = await posting
+        except (errors.APIError, RuntimeError) as error:
+            log.info("a request that was left was not accepted: %s", error)
+            return
+        reply.close()
+        if cancel and reply.request_id:
+            await self._withdraw(reply.request_id)
 
     async def _withdraw(self, request_id: str) -> None:
         try:

@@ -71,7 +71,7 @@ async def storm(stage: Stage) -> None:
                 stage.ledger.wrong.append(f"a foreign caller's cancel: {statuses['foreign']}")
             stage.proof(statuses["own"] == {200}, f"own cancels: {statuses['own']}")
         for stream in doomed:
-            stream.reason = "left"
+            stream.reason = "cancelled by name"
         reasons = {
             f[b"rid"].decode(): f[b"reason"].decode() for _, f in world.client.xrange(keys.ENDED)
         }

@@ -114,7 +114,8 @@ class Row:
     """What came of a scenario.
 
     Attributes:
-        faults: how often it happened. wrong: streams, and accounts that do not agree.
+        faults: how often it happened. wrong: streams, of which there are wrong_streams, and accounts
+            that do not agree.
         stalls_s: of the streams that it hit. recomputed: tokens that another worker computed again.
     """
 
@@ -126,6 +127,7 @@ class Row:
     complete: int = 0
     told: int = 0
     wrong: list[str] = field(default_factory=list)
+    wrong_streams: int = 0
     stalls_s: list[float] = field(default_factory=list)
     recomputed: int = 0
     moved: int = 0
@@ -216,6 +218,7 @@ def _sum_up(
     row.faults = len(world.marks)
     row.streams, row.complete, row.told = len(streams), counts["complete"], counts["broken"]
     row.wrong = [f"{s.name} {s.kind} {s.rid}: {'; '.join(s.wrong[:3])}" for s in streams if s.wrong]
+    row.wrong_streams = len(row.wrong)
     row.wrong += ledger.wrong
     row.moved = sum(s.moves > 0 for s in streams)
     row.resumed = sum(s.resumes > 0 for s in streams)

@@ -66,7 +66,9 @@ def main() -> int:
     good = [r for s in chosen if not s.expect_wrong for r in rows[s.name]]
     wrong = sum(len(row.wrong) for row in good)
     blind = [
-        s.name for s in chosen if s.expect_wrong and not all(row.wrong for row in rows[s.name])
+        s.name
+        for s in chosen
+        if s.expect_wrong and not all(row.wrong_streams for row in rows[s.name])
     ]
     streams = sum(row.streams for row in good)
     total = (
@@ -101,7 +103,7 @@ def _line(scenario: Scenario, rows: list[Row]) -> str:
     figures = ["", "", ""]
     if stalls and scenario.stalls != "none":
         figures = [f"{_quantile(stalls, q):.2f}" for q in (0.5, 0.99, 1.0)]
-    wrong = sum(len(row.wrong) for row in rows)
+    wrong = sum(row.wrong_streams if scenario.expect_wrong else len(row.wrong) for row in rows)
     cells = [
         scenario.name,
         sum(row.faults for row in rows),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,57 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def page() -> Iterator[str]:
-    """The address of the examples folder on a web server of its own: another origin."""
-    handler = functools.partial(Quiet, directory=str(ROOT / "examples"))
+class Pages(BaseHTTPRequestHandler):
+    """A load balancer in front of a gateway: it answers some requests with pages of its own.
+
+    Attributes:
+        posts: what becomes of each further POST: a status and a body; then all are streams.
+        asked: the Idempotency-Key of each POST that came.
+    """
+
+    posts: list[tuple[int, str]]
+    asked: list[str]
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_OPTIONS(self) -> None:
+        self._answer(204, "")
+
+    def do_GET(self) -> None:
+        self._answer(200, json.dumps({"data": [{"id": "m"}]}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.headers["Idempotency-Key"])
+        chunk = {"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]}
+        stream = f"id: 1\ndata: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+        self._answer(*self.posts.pop(0) if self.posts else (200, stream))
+
+    def _answer(self, status: int, body: str) -> None:
+        self.send_response(status)
+        for name in ("Origin", "Headers"):
+            self.send_header(f"Access-Control-Allow-{name}", "*")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+@contextmanager
+def serve(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/browser.html"
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    """The address of the examples folder on a web server of its own: another origin."""
+    with serve(functools.partial(Quiet, directory=str(ROOT / "examples"))) as url:
+        yield f"{url}/browser.html"
 
 
 class Tab:
@@ -148,3 +190,36 @@ async def test_another_origin_is_not_allowed(page: str, tmp_path: Path) -> None:
         cluster.up(control=False)
         async with browse(f"{page}?url={cluster.url}&ask=hello", tmp_path / "profile") as tab:
             await tab.until("state", "error:")
+
+
+PAGE = "<html><h1>Oops</h1></html>"
+
+
+def problem(code: str) -> str:
+    return json.dumps({"error": {"message": f"It was {code}.", "code": code}})
+
+
+@pytest.mark.parametrize(
+    ("answers", "state"),
+    [
+        ([(404, PAGE)], "error: the server answered with status 404"),
+        ([(403, "")], "error: the server answered with status 403"),
+        ([(400, problem("invalid_value"))], "error: It was invalid_value."),
+        # Asked again with its key, it would run again.
+        ([(502, problem("engine_failed"))], "error: It was engine_failed."),
+        ([(502, PAGE), (500, PAGE), (503, problem("queue_full"))], "done, 1 tokens"),
+        ([(408, PAGE), (425, PAGE), (429, problem("rate_limit_exceeded"))], "done, 1 tokens"),
+    ],
+)
+async def test_the_status_says_whether_the_page_asks_again(
+    page: str, tmp_path: Path, answers: list[tuple[int, str]], state: str
+) -> None:
+    class Some(Pages):
+        posts = list(answers)
+        asked: list[str] = []
+
+    with serve(Some) as url:
+        async with browse(f"{page}?url={url}&ask=hello", tmp_path / "profile") as tab:
+            await tab.until("state", state)
+    assert len(Some.asked) == len(answers) + state.startswith("done")
+    assert len(set(Some.asked)) == 1

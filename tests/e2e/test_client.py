@@ -416,6 +416,20 @@ async def test_a_cancelled_task_cancels_its_request(stand: Stand, client: AsyncC
     assert await status_is(client, stand.ended()[-1], "cancelled")
 
 
+async def test_a_task_cancelled_before_the_gateway_answered_cancels_its_request(
+    stand: Stand, client: AsyncClient
+) -> None:
+    before = len(stand.ended())
+    stand.gateways[0].signal(signal.SIGSTOP)
+    async with AsyncClient(stand.urls[0]) as other:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await other.infer("hi", model="echo", max_tokens=2000)
+        stand.gateways[0].signal(signal.SIGCONT)
+    await until(lambda: len(stand.ended()) > before, SOON_S)
+    assert await status_is(client, stand.ended()[-1], "cancelled")
+
+
 async def test_closing_the_client_leaves_its_streams(stand: Stand, client: AsyncClient) -> None:
     async with AsyncClient(stand.urls) as other:
         stream = other.stream("hi", model="echo", max_tokens=2000)

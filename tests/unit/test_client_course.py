@@ -255,7 +255,7 @@ async def test_signs_of_life_of_a_connection_that_lasts_are_progress(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(course, "LASTING_S", 0.04)
-    script = [stream(b": keep-alive\n"), 0.05, b": keep-alive\n"]
+    script: Script = [stream(b": keep-alive\n"), 0.05, b": keep-alive\n"]
     async with play(*[script] * 12, WHOLE, patience_s=0.3) as (client, seen):
         assert await read(client.stream("x", model="m")) == ("1234", None)
     assert len(seen) == 13
@@ -343,7 +343,7 @@ async def _iterate(client: AsyncClient) -> None:
         pass
 
 
-async def timed_out(work: Awaitable[None]) -> None:
+async def timed_out(work: Awaitable[object]) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.1):
             await work
@@ -400,7 +400,7 @@ async def test_ctrl_c_before_an_answer_cancels_the_request() -> None:
 async def test_a_stream_detached_before_an_answer_is_made_and_not_cancelled() -> None:
     async with play(LATE, CANCELLED) as (client, seen):
         it = client.stream("x", model="m")
-        await timed_out(anext(it))  # type: ignore[arg-type]
+        await timed_out(anext(it))
         await it.detach()
     assert seen == ["POST /infer_stream"]
 
@@ -408,7 +408,7 @@ async def test_a_stream_detached_before_an_answer_is_made_and_not_cancelled() ->
 async def test_waiting_for_a_token_can_be_given_up_and_taken_up_again() -> None:
     async with play(LATE) as (client, seen):
         it = client.stream("x", model="m")
-        await timed_out(anext(it))  # type: ignore[arg-type]
+        await timed_out(anext(it))
         assert await read(it) == ("1234", None)
     assert seen == ["POST /infer_stream"]
 
