@@ -114,8 +114,7 @@ class Row:
     """What came of a scenario.
 
     Attributes:
-        faults: how often it happened. wrong: streams, of which there are wrong_streams, and accounts
-            that do not agree.
+        faults: how often it happened. wrong: wrong_streams streams, and accounts that do not agree.
         stalls_s: of the streams that it hit. recomputed: tokens that another worker computed again.
     """
 
