@@ -39,13 +39,15 @@ class Quiet(SimpleHTTPRequestHandler):
 class Pages(BaseHTTPRequestHandler):
     """A load balancer in front of a gateway: it answers some requests with pages of its own.
 
-    Attributes:
+    Args:
         posts: what becomes of each further POST: a status and a body; then all are streams.
-        asked: the Idempotency-Key of each POST that came.
+        asked: gets the Idempotency-Key of each POST that came.
     """
 
-    posts: list[tuple[int, str]]
-    asked: list[str]
+    def __init__(self, posts: list[tuple[int, str]], asked: list[str], *args: Any) -> None:
+        self._posts = posts
+        self._asked = asked
+        super().__init__(*args)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -58,10 +60,10 @@ class Pages(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(self.headers["Idempotency-Key"])
+        self._asked.append(self.headers["Idempotency-Key"])
         chunk = {"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]}
         stream = f"id: 1\ndata: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
-        self._answer(*self.posts.pop(0) if self.posts else (200, stream))
+        self._answer(*self._posts.pop(0) if self._posts else (200, stream))
 
     def _answer(self, status: int, body: str) -> None:
         self.send_response(status)
@@ -214,12 +216,9 @@ def problem(code: str) -> str:
 async def test_the_status_says_whether_the_page_asks_again(
     page: str, tmp_path: Path, answers: list[tuple[int, str]], state: str
 ) -> None:
-    class Some(Pages):
-        posts = list(answers)
-        asked: list[str] = []
-
-    with serve(Some) as url:
+    asked: list[str] = []
+    with serve(functools.partial(Pages, list(answers), asked)) as url:
         async with browse(f"{page}?url={url}&ask=hello", tmp_path / "profile") as tab:
             await tab.until("state", state)
-    assert len(Some.asked) == len(answers) + state.startswith("done")
-    assert len(set(Some.asked)) == 1
+    assert len(asked) == len(answers) + state.startswith("done")
+    assert len(set(asked)) == 1
