@@ -70,6 +70,8 @@ class Scenario:
         disk_mb: the server's data is on a small disk of its own.
         replicated: there are a replica and sentinels.
         limit_s: longest time for one stream.
+        hears_cancels: who leaves ends its request; not where Redis or the gateway that saw it is away
+            at that moment.
         programs: that it needs beside the Python packages. root: whether it must be root.
         settings: RTS_* without the prefix.
         expect_wrong: a negative control: it must find wrong streams.
@@ -93,6 +95,7 @@ class Scenario:
     disk_mb: int = 0
     replicated: bool = False
     limit_s: float = 60.0
+    hears_cancels: bool = True
     programs: tuple[str, ...] = ()
     root: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -153,6 +156,7 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
     ) as world:
         ledger = Ledger(world)
         ledger.checks_budgets = scenario.budgets
+        ledger.hears_cancels = scenario.hears_cancels
         load = Load(
             world,
             rng,
