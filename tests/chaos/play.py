@@ -70,8 +70,8 @@ class Scenario:
         disk_mb: the server's data is on a small disk of its own.
         replicated: there are a replica and sentinels.
         limit_s: longest time for one stream.
-        hears_cancels: who leaves ends its request; not where Redis or the gateway that saw it is away
-            at that moment.
+        hears_cancels: who leaves ends its request; not where Redis or the gateway that saw it is
+            away at that moment.
         programs: that it needs beside the Python packages. root: whether it must be root.
         settings: RTS_* without the prefix.
         expect_wrong: a negative control: it must find wrong streams.
