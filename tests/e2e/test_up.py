@@ -57,12 +57,14 @@ class Up:
         """The processes it started, by role and index as in their command lines."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            words = process.cmdline()
-            if "realtime_serve.cli" in words:
-                rest = words[words.index("realtime_serve.cli") + 1 :]
-                found["-".join(word for word in rest if word != "--index")] = process
-            else:
-                found["server"] = process
+            # One that has just ended has no command line any more.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = process.cmdline()
+                if "realtime_serve.cli" in words:
+                    rest = words[words.index("realtime_serve.cli") + 1 :]
+                    found["-".join(word for word in rest if word != "--index")] = process
+                else:
+                    found["server"] = process
         return found
 
     def end(self) -> int:
