@@ -16,8 +16,7 @@ async def kill(stage: Stage) -> None:
     """SIGKILL behind a load balancer; clients resume through it."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             victim = stage.rng.choice(world.of("gateway"))
             world.mark()
             victim.kill()
@@ -32,8 +31,7 @@ async def drain(stage: Stage) -> None:
     """SIGTERM of every gateway in turn; plain streams finish, resumable ones move."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             victim = stage.rng.choice(world.of("gateway"))
             world.mark()
             victim.signal(signal.SIGTERM)
@@ -73,8 +71,7 @@ async def mixed_releases(stage: Stage) -> None:
     old = world.start("worker", env=env)
     await world.ready(2)
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             new = next(p for p in world.of("worker") if p is not old)
             world.mark()
             new.kill()

@@ -23,8 +23,7 @@ async def lose_messages(stage: Stage) -> None:
     proxy = await behind_proxy(stage)
     await _gateway_behind(stage, proxy)
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.mark()
             before, proxy.loss = proxy.lost, 0.1
             await asyncio.sleep(1.5)
@@ -38,8 +37,7 @@ async def cut(stage: Stage) -> None:
     proxy = await behind_proxy(stage)
     await _gateway_behind(stage, proxy)
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.mark()
             stage.proof(proxy.cut(), "connections cut")
             await asyncio.sleep(0.7)
@@ -51,8 +49,7 @@ async def half_open(stage: Stage) -> None:
     proxy = await behind_proxy(stage)
     await _gateway_behind(stage, proxy)
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.mark()
             stage.proof(proxy.silence(), "connections gone silent")
             await asyncio.sleep(0.4)
@@ -67,8 +64,7 @@ async def worker_half_open(stage: Stage) -> None:
     world.start("worker", redis_url=through(world.redis.url, proxy.port))
     await world.ready(2)
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.mark()
             stage.proof(proxy.silence(), "connections gone silent")
             await asyncio.sleep(2.5)
@@ -94,8 +90,7 @@ async def drop_packets(stage: Stage) -> None:
     _nft(rules)
     try:
         async with load.running():
-            for _ in range(stage.rounds):
-                await load.under_way()
+            async for _ in stage.each_round():
                 own = {
                     c["addr"].rpartition(":")[2]
                     for c in world.client.client_list()

@@ -43,8 +43,7 @@ async def kill(stage: Stage) -> None:
     """Killed, back after a moment with its append-only file."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             before = world.redis.pid
             world.redis.kill()
             await asyncio.sleep(0.3)
@@ -61,8 +60,7 @@ async def pause(stage: Stage) -> None:
     """SIGSTOP for a while: nothing answers, nothing closes."""
     world, load = stage.world, stage.load
     async with load.running():
-        for i in range(stage.rounds):
-            await load.under_way()
+        async for i in stage.each_round():
             world.pause_server()
             await asyncio.sleep(0.3)
             stage.proof(is_stopped(world.redis.pid), "a server that stands still")
@@ -79,8 +77,7 @@ async def full(stage: Stage) -> None:
     """The memory is full."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.client.config_set("maxmemory", 1)
             await asyncio.sleep(0.5)
             await _probe_refusal(stage)
@@ -96,8 +93,7 @@ async def read_only(stage: Stage) -> None:
     """Too few replicas for the server to take writes."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.client.config_set("min-replicas-to-write", 1)
             await asyncio.sleep(0.5)
             await _probe_refusal(stage)
@@ -113,8 +109,7 @@ async def disk_full(stage: Stage) -> None:
     world, load = stage.world, stage.load
     ballast = world.disk / "ballast"
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as out:
                 while True:
                     out.write(bytes(4096))
@@ -135,8 +130,7 @@ async def scripts_flushed(stage: Stage) -> None:
     """SCRIPT FLUSH: whoever runs a script sends it again."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.mark()
             cached = world.client.info("memory")["number_of_cached_scripts"]
             stage.proof(cached, "cached scripts")
@@ -175,8 +169,7 @@ async def kill_clients(stage: Stage) -> None:
     """CLIENT KILL of every connection, by kind."""
     world, load = stage.world, stage.load
     async with load.running():
-        for i in range(stage.rounds):
-            await load.under_way()
+        async for i in stage.each_round():
             world.mark()
             killed = world.client.client_kill_filter(_type=("pubsub", "normal")[i % 2], skipme=True)
             stage.proof(killed, "connections killed")
@@ -189,8 +182,7 @@ async def fail_over(stage: Stage) -> None:
     pair = world.pair
     assert pair is not None
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             old = pair.primary()
             old.kill()
             new = await asyncio.to_thread(pair.wait_for_failover, old)
@@ -210,8 +202,7 @@ async def fail_over_paused(stage: Stage) -> None:
     pair = world.pair
     assert pair is not None
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             old = pair.primary()
             old.pause()
             new = await asyncio.to_thread(pair.wait_for_failover, old)

@@ -21,8 +21,7 @@ async def kill(stage: Stage) -> None:
     """SIGKILL in the middle of everything."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             await _settle(stage)
             victim = stage.rng.choice(world.of("worker"))
             world.mark()
@@ -39,8 +38,7 @@ def kill_at(moment: str) -> Scenario:
     async def act(stage: Stage) -> None:
         world, load = stage.world, stage.load
         async with load.running():
-            for _ in range(stage.rounds):
-                await load.under_way()
+            async for _ in stage.each_round():
                 world.order(moment)
                 ended = []
                 while not ended:
@@ -59,8 +57,7 @@ async def zombie(stage: Stage) -> None:
     """SIGSTOP until another worker has its streams, then it wakes and goes on writing."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             victim = stage.rng.choice(world.of("worker"))
             world.mark()
             victim.signal(signal.SIGSTOP)
@@ -75,8 +72,7 @@ async def hang(stage: Stage) -> None:
     """The engine hangs while the event loop and the heartbeat live; later it comes back."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             world.mark()
             world.order("hang")
             hanging = await world.hanging()
@@ -90,8 +86,7 @@ async def drain(stage: Stage) -> None:
     """SIGTERM with no time for what runs: all is handed over."""
     world, load = stage.world, stage.load
     async with load.running():
-        for _ in range(stage.rounds):
-            await load.under_way()
+        async for _ in stage.each_round():
             await _settle(stage)
             victim = stage.rng.choice(world.of("worker"))
             world.mark()
@@ -117,8 +112,7 @@ async def poison(stage: Stage) -> None:
 
     keeper = asyncio.create_task(keep_alive())
     async with load.running():
-        for i in range(stage.rounds):
-            await load.under_way()
+        async for i in stage.each_round():
             one = load.make(f"guilty{i}", "refusable", prompt=POISON)
             load.streams.remove(one)
             guilty.append(one)
@@ -151,8 +145,7 @@ async def clock(stage: Stage) -> None:
     )
     await world.ready(3)
     async with load.running():
-        for i in range(stage.rounds):
-            await load.under_way()
+        async for i in stage.each_round():
             world.mark()
             file.write_text("-5h" if i % 2 else "+7h")
             await asyncio.sleep(1.5)

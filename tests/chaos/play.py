@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,12 @@ class Stage:
     rounds: int
     stack: AsyncExitStack
     struck: list[str] = field(default_factory=list)
+
+    async def each_round(self) -> AsyncIterator[int]:
+        """The rounds, by number; each begins with streams under way."""
+        for i in range(self.rounds):
+            await self.load.under_way()
+            yield i
 
     def proof(self, value: object, what: str) -> None:
         """Says that a fault happened, and how that is known; it is wrong if it did not."""
