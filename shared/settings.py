@@ -110,6 +110,18 @@ class Settings:
         _WORKER,
         choices=("auto", "bfloat16", "float32"),
     )
+    backend: str = _setting(
+        "auto",
+        "what computes the torch engine's models: cpu = compiled code (x86-64, a C++ compiler at "
+        "the first start), reference = transformers' modules, auto = the first that can",
+        _WORKER,
+        choices=("auto", "cpu", "reference"),
+    )
+    deterministic: bool = _setting(
+        False,
+        "a request's tokens are the same alone and in any batch; needs the cpu backend",
+        _WORKER,
+    )
     max_batch_size: int = _setting(
         32, "most sequences in one step of the engine", _WORKER, low=1, high=256
     )

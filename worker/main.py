@@ -59,6 +59,8 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
             engine=settings.engine,
             source=source.source,
             dtype=settings.dtype,
+            backend=settings.backend,
+            deterministic=settings.deterministic,
             max_batch_size=settings.max_batch_size,
             lease_ms=settings.lease_ms,
             echo_step_ms=settings.echo_step_ms,

@@ -43,6 +43,10 @@ class EngineOptions:
         engine: "echo", "torch" or `package.module:Class`.
         source: the model: a hub id, a local folder, or a GGUF file.
         dtype: "auto", "bfloat16" or "float32".
+        backend: what computes the torch engine's models: "cpu", compiled code; "reference",
+            transformers' modules; "auto", the former where it can be had.
+        deterministic: a sequence's tokens are the same alone and in any batch; an engine that
+            cannot do that refuses to start.
         max_batch_size: most sequences at once, 1-256.
         lease_ms: a step that takes longer has the engine declared dead; 0 for no such limit.
         echo_step_ms: how long a step of the echo engine takes.
@@ -56,6 +60,8 @@ class EngineOptions:
     engine: str = "torch"
     source: str = ""
     dtype: str = "auto"
+    backend: str = "auto"
+    deterministic: bool = False
     max_batch_size: int = 32
     lease_ms: int = 0
     echo_step_ms: float = 0.0
@@ -74,6 +80,8 @@ class EngineOptions:
             raise ValueError(f"max_batch_size must be 1-256, not {self.max_batch_size}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype must be auto, bfloat16 or float32, not {self.dtype!r}")
+        if self.backend not in ("auto", "cpu", "reference"):
+            raise ValueError(f"backend must be auto, cpu or reference, not {self.backend!r}")
         for name in ("lease_ms", "echo_step_ms", "kv_cache_mb", "threads"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")

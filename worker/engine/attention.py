@@ -104,12 +104,14 @@ class LayerRecorder:
     def __init__(self) -> None:
         """Knows no layer yet."""
         self.layers: dict[int, Layer] = {}
+        self.scales: dict[int, float] = {}
 
     def attend(self, call: Call) -> torch.Tensor:
         """Notes the layer and attends to nothing."""
         if call.index in self.layers:
             raise NotImplementedError("two of its attentions have the same index")
         self.layers[call.index] = call.layer
+        self.scales[call.index] = call.scale
         return call.q.new_zeros(call.q.shape[1], call.q.shape[0], call.layer.value_dim)
 
 

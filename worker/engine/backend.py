@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from worker.engine.sampler import Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,21 @@ class Backend(Protocol):
             Logits [out, vocab_size] on the backend's device, in any float type, valid until the
             next step.
         """
+
+    def sample(self, batch: Batch, draws: Sequence[Draw]) -> list[int]:
+        """Computes the rows as `step` does, and draws a token for each out row.
+
+        Args:
+            batch: of the step.
+            draws: one an out row.
+
+        Returns:
+            Token ids, FAILED where a row's largest logit is not a finite number. What a row draws
+            depends on its logits and its draw alone.
+        """
+
+    def alone(self, alone: bool) -> None:
+        """Whether the calling thread computes without others, until it is told otherwise."""
 
     def clear(self, blocks: list[int]) -> None:
         """Fills blocks with zeros, lest what is not a number reaches their next holder."""

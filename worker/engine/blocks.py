@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-BLOCK_SIZE: Final = 16
-"""Tokens of a block."""
+BLOCK_SIZE: Final = 32
+"""Tokens of a block: of which the native backend makes whole tiles (native/source/cache.h)."""
 
 
 def blocks_for(tokens: int) -> int:

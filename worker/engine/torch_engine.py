@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from worker.engine import EngineError, EngineOptions
 from worker.engine.backend import Backend, Batch
+from worker.engine.backends import make_backend
 from worker.engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
 from worker.engine.interface import (
     EngineInfo,
@@ -22,10 +24,10 @@ from worker.engine.interface import (
     SamplingParams,
     StepOutput,
 )
+from worker.engine.load_check import LEAST_BLOCKS
 from worker.engine.loader import LoadedModel, load
 from worker.engine.memory import free_bytes
-from worker.engine.reference import LEAST_BLOCKS, ReferenceBackend
-from worker.engine.sampler import FAILED, Draw, sample
+from worker.engine.sampler import FAILED, Draw
 from worker.engine.scheduler import Scheduler, Work
 from worker.engine.sequence import Sequence, check_request
 
@@ -77,8 +79,10 @@ class TorchEngine:
             size: Callable[[int], int] = lambda block_bytes: blocks  # noqa: E731
         else:
             size = _cache_size(options.kv_cache_mb, most, blocks_for(files.context_length), device)
+        # A full batch that generates must leave room in the step for prompts.
+        rows = max(step_rows, options.max_batch_size + step_rows // 2)
         try:
-            self._backend: Backend = ReferenceBackend(loaded.model, device, size)
+            self._backend: Backend = make_backend(loaded, options, size, device=device, rows=rows)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise EngineError(
                 f"the memory of {device} does not hold the model and its KV cache; a smaller "
@@ -110,8 +114,6 @@ class TorchEngine:
             device=self._backend.device,
             dtype=self._backend.dtype,
         )
-        # A full batch that generates must leave room in the step for prompts.
-        rows = max(step_rows, options.max_batch_size + step_rows // 2)
         self._scheduler = Scheduler(
             BlockPool(self._backend.block_count), options.max_batch_size, rows
         )
@@ -207,14 +209,13 @@ class TorchEngine:
         """
         if self.info.device != "cpu":
             return took
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        self._backend.alone(True)
         try:
             began = time.thread_time()
             self._run(works)
-            return (time.thread_time() - began) / threads
+            return (time.thread_time() - began) / len(os.sched_getaffinity(0))
         finally:
-            torch.set_num_threads(threads)
+            self._backend.alone(False)
 
     def _rehearse_all(self) -> None:
         """Runs a prompt of a full step, then every batch size by powers of two."""
@@ -310,7 +311,6 @@ class TorchEngine:
 
     def _run(self, works: list[Work]) -> list[int | str | None]:
         """What becomes of each work: a token, None while the prompt is being read, an error."""
-        logits = self._backend.step(_batch(works))
         sampling = [work for work in works if work.samples]
         draws = [
             Draw(
@@ -318,7 +318,7 @@ class TorchEngine:
             )
             for work in sampling
         ]
-        tokens = iter(sample(logits, draws) if draws else [])
+        tokens = iter(self._backend.sample(_batch(works), draws))
         return [_result(next(tokens)) if work.samples else None for work in works]
 
     def _run_apart(self, works: list[Work], error: Exception) -> list[int | str | None]:

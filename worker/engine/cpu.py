@@ -1,0 +1,193 @@
+"""The native CPU backend: one call of compiled code a step, without the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from worker.engine.backend import Batch
+from worker.engine.blocks import BLOCK_SIZE
+from worker.engine.dense import Dense, NotDense
+from worker.engine.load_check import CHECK_OUTS, LEAST_BLOCKS, LoadCheck
+from worker.engine.native.build import NativeUnavailable, best_level, library
+from worker.engine.native.library import BFLOAT16, FLOAT32, CLayer, CShape, CStep, Library
+from worker.engine.sampler import Draw
+
+_KEY_UNIT: Final = 32
+"""Keys are padded to a multiple of it: a whole tile."""
+
+
+class CpuBackend:
+    """A dense decoder in compiled code.
+
+    Args:
+        model: a causal language model of transformers, on the CPU; its weights are copied.
+        size: from the bytes of one block to how many are wanted; at least LEAST_BLOCKS are made.
+        positions: longest context.
+        most_rows: of a step. most_outs: rows of logits of a step.
+        threads: 0 for one a processor that this process may use.
+        exact: a row's result is the same in every batch and every piece of its prompt.
+        folder: for compiled libraries.
+        level: of the instruction set, of build.LEVELS; "" for the best.
+
+    Attributes:
+        level: that is used.
+
+    Raises:
+        NativeUnavailable: it cannot run here, does not know the model, or computes it wrongly.
+        MemoryError: there is not enough.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        model: Any,
+        size: Callable[[int], int],
+        *,
+        positions: int,
+        most_rows: int,
+        most_outs: int,
+        threads: int = 0,
+        exact: bool = False,
+        folder: Path,
+        level: str = "",
+    ) -> None:
+        self.level = level or best_level()
+        code = Library(library(self.level, folder))
+        try:
+            dense = Dense(model, positions)
+        except NotDense as why:
+            raise NativeUnavailable(str(why)) from why
+        check = LoadCheck(model, dense.vocab_size)
+        self.vocab_size = dense.vocab_size
+        self.dtype = str(dense.dtype).removeprefix("torch.")
+        self.block_count = max(LEAST_BLOCKS, size(_block_bytes(dense)))
+        self._outs = max(most_outs, CHECK_OUTS)
+        shape = CShape(
+            dtype=BFLOAT16 if dense.dtype == torch.bfloat16 else FLOAT32,
+            activation=dense.activation,
+            layers=len(dense.layers),
+            hidden=dense.hidden,
+            heads=dense.heads,
+            kv_heads=dense.kv_heads,
+            head_size=dense.head_size,
+            ffn=dense.ffn,
+            vocab=dense.vocab_size,
+            rope_tables=dense.rope_tables,
+            positions=positions,
+            blocks=self.block_count,
+            most_rows=max(most_rows, CHECK_OUTS),
+            most_outs=self._outs,
+            threads=threads or len(os.sched_getaffinity(0)),
+            exact=exact,
+            norm_eps=dense.norm_eps,
+            embedding_scale=dense.embedding_scale,
+            logit_soft_cap=dense.logit_soft_cap,
+        )
+        layers = [
+            CLayer(table, layer.window, scale, layer.softcap)
+            for table, layer, scale in zip(dense.rope_of, dense.layers, dense.scales, strict=True)
+        ]
+        self._handle = code.create(shape, layers)
+        try:
+            for weight in dense.weights():
+                tensor = weight.tensor
+                self._handle.set(weight.layer, weight.part, tensor.data_ptr(), tensor.numel())
+            self._handle.complete()
+            if difference := check.difference(self):
+                raise NativeUnavailable(difference)
+        except BaseException:
+            self._handle.close()
+            raise
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Computes the rows; see `Backend.step`."""
+        step, _kept = _step(batch)
+        self._handle.run(step, 0)
+        return self._logits(batch.out_rows.numel())
+
+    def sample(self, batch: Batch, draws: Sequence[Draw]) -> list[int]:
+        """Computes the rows and draws their tokens; see `Backend.sample`."""
+        step, kept = _step(batch)
+        kept += _draws(step, draws)
+        tokens = np.empty(len(draws), np.int64)
+        self._handle.run(step, tokens.ctypes.data)
+        found: list[int] = tokens.tolist()
+        return found
+
+    def clear(self, blocks: list[int]) -> None:
+        """Fills blocks with zeros."""
+        for block in blocks:
+            self._handle.clear(block)
+
+    def alone(self, alone: bool) -> None:
+        """Whether one thread computes without the others; see `Backend.alone`."""
+        self._handle.alone(alone)
+
+    def close(self) -> None:
+        """Frees weights and cache."""
+        self._handle.close()
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        address, stride = self._handle.logits()
+        kind = ctypes.c_float * (self._outs * stride)
+        values = torch.from_numpy(np.frombuffer(kind.from_address(address), np.float32))
+        return values.view(self._outs, stride)[:rows, : self.vocab_size]
+
+
+def _block_bytes(dense: Dense) -> int:
+    """Bytes of one block over all layers; see native/source/cache.h."""
+    keys = -(-dense.head_size // _KEY_UNIT) * _KEY_UNIT
+    numbers = len(dense.layers) * dense.kv_heads * (keys + dense.head_size) * BLOCK_SIZE
+    return numbers * dense.dtype.itemsize
+
+
+def _step(batch: Batch) -> tuple[CStep, list[Any]]:
+    """The C structure of a batch, and what it points to."""
+    step = CStep(
+        rows=batch.ids.numel(),
+        sequences=batch.block_table.shape[0],
+        table_width=batch.block_table.shape[1],
+        outs=batch.out_rows.numel(),
+    )
+    kept: list[Any] = []
+    for name, tensor in (
+        ("ids", batch.ids),
+        ("positions", batch.positions),
+        ("sequence", batch.sequences),
+        ("table", batch.block_table),
+        ("out_rows", batch.out_rows),
+    ):
+        tensor = tensor.to(torch.int64).contiguous()
+        kept.append(tensor)
+        setattr(step, name, tensor.data_ptr())
+    return step, kept
+
+
+def _draws(step: CStep, draws: Sequence[Draw]) -> list[Any]:
+    """Points a structure to what decides its rows; returns what it points to."""
+    sampling = [draw.sampling for draw in draws]
+    none = np.zeros(len(draws), np.float32)
+    arrays = {
+        "temperature": np.array([s.temperature for s in sampling], np.float32),
+        "top_p": np.array([s.top_p for s in sampling], np.float32),
+        "min_p": none,
+        "repetition": none + 1,
+        "presence": none,
+        "frequency": none,
+        "top_k": np.array([s.top_k for s in sampling], np.int64),
+        "seed": np.array([s.seed for s in sampling], np.int64),
+        "choice": np.array([draw.choice for draw in draws], np.int64),
+        "position": np.array([draw.position for draw in draws], np.int64),
+        "seen_start": np.zeros(len(draws) + 1, np.int64),
+    }
+    for name, array in arrays.items():
+        setattr(step, name, array.ctypes.data)
+    return list(arrays.values())

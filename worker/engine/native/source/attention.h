@@ -1,0 +1,205 @@
+// Grouped-query attention over the paged cache, by real lengths: online softmax over chunks of the
+// context. Source: FlashAttention (Dao et al., 2022), Milakov and Gimelshein (2018).
+//
+// A row's result depends on its own queries and on its own sequence alone. Chunks begin at
+// multiples of CHUNK whatever a row sees, so that the sums are the same in every batch.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "cache.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace rts {
+
+constexpr int CHUNK = 512;  // tokens whose scores are kept, a multiple of BLOCK
+
+// What a layer asks for.
+struct Look {
+    float scale;
+    int window;      // positions a row sees, itself included; 0 for all
+    float soft_cap;  // 0 for none
+
+    int first(int position) const { return window ? std::max(0, position - window + 1) : 0; }
+};
+
+// Where the keys and values of one head of one sequence are.
+template <class T>
+struct Context {
+    Cache<T>* cache;
+    int layer;
+    int head;
+    const int64_t* table;  // the sequence's blocks
+
+    const T* keys(int block) const { return cache->keys(layer, table[block], head); }
+    const T* values(int block) const { return cache->values(layer, table[block], head); }
+};
+
+#if defined(__AVX512F__)
+constexpr int MOST_QUERIES = 4, COLUMN_VECTORS = 4;
+#else
+constexpr int MOST_QUERIES = 2, COLUMN_VECTORS = 2;
+#endif
+
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// Scores of G queries with a block of keys. q: [G][stride]. out: [G][CHUNK], BLOCK written.
+template <class T, int G>
+inline void score_block(const T* q, size_t stride, const T* keys, int head_size, int key_size,
+                        float* out) {
+    constexpr int V = HALF / LANES, D = DEPTH<T>;
+    Vec sums[2][V][G];
+    for (auto& half : sums)
+        for (auto& lane : half)
+            for (auto& one : lane) one = zero();
+    for (int d = 0; d < head_size; d += D) {
+        Factor<T> x[G];
+        for (int g = 0; g < G; g++) x[g] = factor(q + g * stride + d);
+        for (int h = 0; h < 2; h++)
+            for (int v = 0; v < V; v++) {
+                Lanes<T> k = load_lanes(keys + size_t(h) * key_size * HALF + size_t(d) * HALF +
+                                        v * LANES * D);
+                for (int g = 0; g < G; g++) sums[h][v][g] = multiply_add(sums[h][v][g], k, x[g]);
+            }
+    }
+    for (int g = 0; g < G; g++)
+        for (int h = 0; h < 2; h++)
+            for (int v = 0; v < V; v++)
+                store(out + g * CHUNK + h * HALF + v * LANES, sums[h][v][g]);
+}
+
+// Adds to C vectors of G results what `blocks` blocks of values give.
+// weights: [G][CHUNK]. result: [G][head_size], from the column on.
+template <class T, int G, int C>
+inline void weigh_columns(const T* weights, const Context<T>& context, int first_block, int blocks,
+                          int column, int head_size, float* result) {
+    constexpr int D = DEPTH<T>;
+    Vec sums[G][C];
+    for (int g = 0; g < G; g++)
+        for (int c = 0; c < C; c++) sums[g][c] = load(result + g * head_size + column + c * LANES);
+    for (int b = 0; b < blocks; b++) {
+        const T* values = context.values(first_block + b) + size_t(column) * D;
+        for (int t = 0; t < BLOCK; t += D) {
+            Lanes<T> v[C];
+            for (int c = 0; c < C; c++)
+                v[c] = load_lanes(values + size_t(t) * head_size + c * LANES * D);
+            for (int g = 0; g < G; g++) {
+                Factor<T> w = factor(weights + g * CHUNK + b * BLOCK + t);
+                for (int c = 0; c < C; c++) sums[g][c] = multiply_add(sums[g][c], v[c], w);
+            }
+        }
+    }
+    for (int g = 0; g < G; g++)
+        for (int c = 0; c < C; c++) store(result + g * head_size + column + c * LANES, sums[g][c]);
+}
+
+template <class T, int G>
+inline void weigh(const T* weights, const Context<T>& context, int first_block, int blocks,
+                  int head_size, float* result) {
+    constexpr int C = COLUMN_VECTORS;
+    int column = 0;
+    for (; column + C * LANES <= head_size; column += C * LANES)
+        weigh_columns<T, G, C>(weights, context, first_block, blocks, column, head_size, result);
+    for (; column < head_size; column += LANES)
+        weigh_columns<T, G, 1>(weights, context, first_block, blocks, column, head_size, result);
+}
+
+// Running maximum and sum of one query.
+struct Softmax {
+    float most = NEVER, total = 0;
+
+    // Turns scores[0 .. count) into weights, those outside [from, to) into zeros.
+    // Returns what earlier results are to be multiplied with.
+    template <class T>
+    float fold(float* scores, int count, int from, int to, const Look& look, T* weights) {
+        const Vec scale = broadcast(look.scale);
+        for (int j = 0; j < count; j += LANES) store(scores + j, mul(load(scores + j), scale));
+        if (look.soft_cap) soft_cap(scores, count, look.soft_cap);
+        if (from > 0) std::fill(scores, scores + from, NEVER);
+        if (to < count) std::fill(scores + to, scores + count, NEVER);
+        Vec high = broadcast(NEVER);
+        for (int j = 0; j < count; j += LANES) high = max(high, load(scores + j));
+        const float before = most;
+        most = std::max(most, largest(high));
+        const Vec shift = broadcast(most);
+        Vec sums = zero();
+        for (int j = 0; j < count; j += LANES) {
+            Vec e = exp(sub(load(scores + j), shift));
+            sums = add(sums, e);
+            store(weights + j, e);
+        }
+        const float fade = before == NEVER ? 0 : std::exp(before - most);
+        total = total * fade + sum(sums);
+        return fade;
+    }
+};
+
+inline void fade_result(float* result, int size, float by) {
+    for (int j = 0; j < size; j += LANES) store(result + j, mul(load(result + j), broadcast(by)));
+}
+
+template <class T>
+inline void finish_result(const float* result, int size, float total, T* out) {
+    const Vec share = broadcast(1 / total);
+    for (int j = 0; j < size; j += LANES) store(out + j, mul(load(result + j), share));
+}
+
+constexpr int MOST_HEAD_SIZE = 256;
+
+// G heads of one row that share keys. q: [G][head_size] side by side, out the same.
+template <class T, int G>
+inline void attend_heads(const T* q, const Context<T>& context, const Look& look, int position,
+                         T* out) {
+    const int size = context.cache->head_size(), key_size = context.cache->key_size();
+    alignas(64) float scores[G * CHUNK];
+    alignas(64) T weights[G * CHUNK];
+    alignas(64) float result[G * MOST_HEAD_SIZE];
+    std::fill(result, result + G * size, 0.f);
+    Softmax softmax[G];
+    const int first = look.first(position);
+    for (int chunk = first / CHUNK * CHUNK; chunk <= position; chunk += CHUNK) {
+        const int begin = std::max(chunk, first / BLOCK * BLOCK);
+        const int blocks = (std::min(chunk + CHUNK, position + 1) - begin + BLOCK - 1) / BLOCK;
+        for (int b = 0; b < blocks; b++) {
+            const T* keys = context.keys(begin / BLOCK + b);
+            const char* next = reinterpret_cast<const char*>(
+                b + 1 < blocks ? context.keys(begin / BLOCK + b + 1)
+                               : context.values(begin / BLOCK));
+            for (int i = 0; i < int(size * BLOCK * sizeof(T)); i += 64)
+                _mm_prefetch(next + i, _MM_HINT_T0);
+            score_block<T, G>(q, size, keys, size, key_size, scores + b * BLOCK);
+        }
+        for (int g = 0; g < G; g++) {
+            const float fade =
+                softmax[g].fold(scores + g * CHUNK, blocks * BLOCK, first - begin,
+                                position + 1 - begin, look, weights + g * CHUNK);
+            fade_result(result + g * size, size, fade);
+        }
+        weigh<T, G>(weights, context, begin / BLOCK, blocks, size, result);
+    }
+    for (int g = 0; g < G; g++) finish_result(result + g * size, size, softmax[g].total,
+                                              out + g * size);
+}
+
+template <class T, int G = MOST_QUERIES>
+inline void attend_some(int heads, const T* q, const Context<T>& context, const Look& look,
+                        int position, T* out) {
+    if constexpr (G > 0) {
+        if (heads >= G) return attend_heads<T, G>(q, context, look, position, out);
+        attend_some<T, G - 1>(heads, q, context, look, position, out);
+    }
+}
+
+// One row: all `heads` query heads that share the context's head.
+template <class T>
+inline void attend_row(int heads, const T* q, const Context<T>& context, const Look& look,
+                       int position, T* out) {
+    const int size = context.cache->head_size();
+    for (int h = 0; h < heads; h += MOST_QUERIES)
+        attend_some<T>(std::min(MOST_QUERIES, heads - h), q + size_t(h) * size, context, look,
+                       position, out + size_t(h) * size);
+}
+
+}  // namespace rts

@@ -1,0 +1,146 @@
+// Rows times a packed matrix. What becomes of the result is the caller's: a function that gets 32
+// columns of one row at a time, while they are in the nearest cache.
+//
+// A row's result does not depend on how many other rows there are: whatever the kernel, the inner
+// dimension is summed up in the same order. Determinism rests on that.
+#pragma once
+
+#include <algorithm>
+
+#include "matrix.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace rts {
+
+// Rows are multiplied in blocks that stay in the second-level cache while a panel passes by.
+constexpr size_t BLOCK_BYTES = size_t(1) << 20;
+constexpr int BLOCK_ROWS = 256;
+
+template <class T>
+int block_rows(int depth) {
+    int rows = int(BLOCK_BYTES / (size_t(depth) * sizeof(T))) / 32 * 32;
+    return std::clamp(rows, 32, BLOCK_ROWS);
+}
+
+#if defined(__AVX512F__)
+constexpr int KERNEL_ROWS = 8;  // 16 sums, of 32 registers
+#else
+constexpr int KERNEL_ROWS = 2;  // 8 sums, of 16 registers
+#endif
+
+// R rows times one panel, with vectors. out: [R][PANEL].
+template <class T, int R>
+inline void multiply_vectors(const T* a, size_t stride, const T* panel, int depth, float* out) {
+    constexpr int V = PANEL / LANES, D = DEPTH<T>;
+    Vec sums[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] = zero();
+    for (int k = 0; k < depth; k += D) {
+        const T* w = panel + size_t(k) * PANEL;
+        __builtin_prefetch(w + 2048 * D);
+        Lanes<T> lanes[V];
+        for (int v = 0; v < V; v++) lanes[v] = load_lanes(w + v * LANES * D);
+        for (int r = 0; r < R; r++) {
+            Factor<T> x = factor(a + r * stride + k);
+            for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], lanes[v], x);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
+}
+
+template <class T, int R = KERNEL_ROWS>
+inline void multiply_some(int rows, const T* a, size_t stride, const T* panel, int depth,
+                          float* out) {
+    if constexpr (R > 0) {
+        if (rows >= R) return multiply_vectors<T, R>(a, stride, panel, depth, out);
+        multiply_some<T, R - 1>(rows, a, stride, panel, depth, out);
+    }
+}
+
+// Up to 32 rows times one panel. out: [32][PANEL]. There must be 32 rows of memory behind `a`.
+template <class T>
+inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
+                           float* out, bool) {
+    for (int r = 0; r < rows; r += KERNEL_ROWS)
+        multiply_some<T>(std::min(KERNEL_ROWS, rows - r), a + r * stride, stride, panel, depth,
+                         out + r * PANEL);
+}
+
+#if RTS_TILES
+// Prefetching so far ahead hides the memory's latency at the speed at which tiles are used up.
+constexpr int AHEAD_BYTES = 8192;
+
+template <>
+inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* panel, int depth,
+                           float* out, bool streams) {
+    const size_t row_bytes = stride * sizeof(bf16);
+    constexpr int W = PANEL * sizeof(bf16) * 2;  // bytes of a pair of inputs in the panel
+    auto fetch = [&](const bf16* w) {
+        if (!streams) return;  // it is near already
+        const char* ahead = reinterpret_cast<const char*>(w) + AHEAD_BYTES;
+        for (int i = 0; i < 32 * PANEL * 2; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows > 16) {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int k = 0; k < depth; k += 32) {
+            const bf16* w = panel + size_t(k) * PANEL;
+            fetch(w);
+            _tile_loadd(4, a + k, row_bytes);
+            _tile_loadd(6, w, W);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w + 32, W);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + 16 * stride + k, row_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, out + 16 * PANEL, PANEL * 4);
+        _tile_stored(3, out + 16 * PANEL + 16, PANEL * 4);
+    } else {
+        for (int k = 0; k < depth; k += 32) {
+            const bf16* w = panel + size_t(k) * PANEL;
+            fetch(w);
+            _tile_loadd(4, a + k, row_bytes);
+            _tile_loadd(6, w, W);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w + 32, W);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    }
+    _tile_stored(0, out, PANEL * 4);
+    _tile_stored(1, out + 16, PANEL * 4);
+}
+#endif
+
+// Rows times the panels of one thread's share. a: [rows rounded up to 32][stride], as wide as the
+// matrix is deep. use(panel, row, values) gets PANEL values, the bias added.
+template <class T, class Use>
+void multiply(const T* a, size_t stride, int rows, const Matrix<T>& m, Share panels, Use use) {
+    alignas(64) float out[32 * PANEL];
+    const int most = block_rows<T>(m.depth);
+    for (int block = 0; block < rows; block += most) {
+        const int end = std::min(rows, block + most);
+        for (int p = panels.first; p < panels.last; p++) {
+            for (int r = block; r < end; r += 32) {
+                const int count = std::min(32, end - r);
+                multiply_block<T>(count, a + r * stride, stride, m.panel(p), m.depth, out,
+                                  r == block);
+                for (int i = 0; i < count; i++) {
+                    float* values = out + i * PANEL;
+                    if (!m.bias.empty())
+                        for (int v = 0; v < PANEL; v += LANES)
+                            store(values + v,
+                                  add(load(values + v), load(m.bias.data() + p * PANEL + v)));
+                    use(p, r + i, values);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace rts

@@ -1,0 +1,76 @@
+// Weights as the multiplication reads them.
+#pragma once
+
+#include "memory.h"
+#include "simd.h"
+#include "team.h"
+
+namespace rts {
+
+// Columns of a panel: two tiles of AMX, two or four vectors.
+constexpr int PANEL = 32;
+
+// A linear layer, y = x W' + b, with W in panels of PANEL outputs: [panel][inner / DEPTH][PANEL]
+// [DEPTH]. A panel is read from its beginning to its end, once for each block of rows of x, so it
+// streams from memory; 32 outputs of bf16 are two tiles side by side, or two vectors.
+// What fills up the last panel and the inner dimension is zero.
+template <class T>
+struct Matrix {
+    int outputs = 0, inputs = 0;
+    int depth = 0;  // inputs, rounded up
+    int panels = 0;
+    Array<T> weights;
+    Array<float> bias;  // [panels * PANEL], or empty
+
+    const T* panel(int index) const { return weights.data() + size_t(index) * PANEL * depth; }
+};
+
+// Which row of the source is which column of the packed matrix.
+enum class Order {
+    plain,
+    // The source is gate over up. A panel takes 16 of each, so that whoever has computed a panel
+    // can multiply the one with the other.
+    gate_up,
+};
+
+inline int source_row(Order order, int outputs, int column) {
+    if (order == Order::plain) return column < outputs ? column : -1;
+    int half = outputs / 2, index = column / PANEL * 16 + column % 16;
+    if (index >= half) return -1;
+    return column % PANEL < 16 ? index : half + index;
+}
+
+template <class T>
+Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order) {
+    Matrix<T> m;
+    m.outputs = outputs, m.inputs = inputs, m.depth = round_up(inputs, 32);
+    m.panels = order == Order::plain ? round_up(outputs, PANEL) / PANEL
+                                     : round_up(outputs / 2, 16) / 16;
+    m.weights = Array<T>(size_t(m.panels) * PANEL * m.depth);
+    constexpr int D = DEPTH<T>;
+    team.run([&](int thread) {
+        Share share(m.panels, thread, team.size());
+        for (int p = share.first; p < share.last; p++) {
+            T* panel = m.weights.data() + size_t(p) * PANEL * m.depth;
+            for (int c = 0; c < PANEL; c++) {
+                int row = source_row(order, outputs, p * PANEL + c);
+                if (row < 0) continue;
+                const T* from = source + size_t(row) * inputs;
+                for (int k = 0; k < inputs; k++) panel[(k / D * PANEL + c) * D + k % D] = from[k];
+            }
+        }
+    });
+    return m;
+}
+
+template <class T>
+Array<float> pack_bias(const Matrix<T>& m, const float* source, Order order) {
+    Array<float> bias(size_t(m.panels) * PANEL);
+    for (int c = 0; c < m.panels * PANEL; c++) {
+        int row = source_row(order, m.outputs, c);
+        if (row >= 0) bias[c] = source[row];
+    }
+    return bias;
+}
+
+}  // namespace rts

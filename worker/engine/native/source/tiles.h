@@ -1,0 +1,41 @@
+// The tiles of AMX: eight of them, each of 16 rows of 64 bytes.
+#pragma once
+
+#if defined(__AMX_BF16__)
+#define RTS_TILES 1
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace rts {
+
+// Every thread configures its tiles when a step begins: other libraries use them, too.
+class Tiles {
+   public:
+    Tiles() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes_of_row[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) config.bytes_of_row[i] = 64, config.rows[i] = 16;
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+};
+
+}  // namespace rts
+
+#else
+#define RTS_TILES 0
+
+namespace rts {
+struct Tiles {
+    Tiles() {}
+    ~Tiles() {}
+};
+}  // namespace rts
+
+#endif
