@@ -9,6 +9,7 @@ endif
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+CPP := $(wildcard worker/engine/native/source/* tests/contract/*.cpp)
 
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
@@ -23,6 +24,7 @@ test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
 check: env-dev ## lint, formatting, types, generated pages
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@.venv/bin/clang-format --dry-run --Werror $(CPP)
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m shared.settings | diff docs/settings.md - || \
 		{ echo "docs/settings.md is old: $(PYTHON) -m shared.settings > docs/settings.md"; exit 1; }
@@ -30,6 +32,7 @@ check: env-dev ## lint, formatting, types, generated pages
 fmt: env-dev ## format the code, fix what can be fixed
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix .
+	@.venv/bin/clang-format -i $(CPP)
 
 bench: env-dev ## measure the engine alone and the whole cluster over HTTP
 	@$(PYTHON) -m realtime_serve.demo_model

@@ -36,7 +36,7 @@ def _one_thread() -> None:
 
 def engine_of(model: Any, batch: int = 8, eos: tuple[int, ...] = (), **more: Any) -> TorchEngine:
     return TorchEngine(
-        EngineOptions(max_batch_size=batch, threads=1),
+        EngineOptions(max_batch_size=batch, threads=1, backend="reference"),
         loaded=loaded(copy.deepcopy(model), eos),
         **more,
     )
@@ -225,10 +225,10 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def step(self, batch: Any) -> Any:
+    def sample(self, batch: Any, draws: Any) -> Any:
         if bool((batch.ids == self._poison).any()):
             raise RuntimeError("poison")
-        return self._backend.step(batch)
+        return self._backend.sample(batch, draws)
 
 
 @pytest.mark.parametrize("raises", [True, False])
@@ -297,9 +297,9 @@ class Timed:
     def thread_time(self) -> float:
         return self.perf_counter() * self._share
 
-    def step(self, batch: Any) -> Any:
+    def sample(self, batch: Any, draws: Any) -> Any:
         self.rows += batch.ids.numel()
-        return self._backend.step(batch)
+        return self._backend.sample(batch, draws)
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, row_s: float, lease_ms: int, share: float = 1.0) -> Any:

@@ -41,12 +41,14 @@ class Backend(Protocol):
         vocab_size: width of the logits.
         block_count: blocks of the cache.
         device, dtype: names, as in EngineInfo.
+        threads: that compute a step; 1 on a device that is no CPU.
     """
 
     vocab_size: int
     block_count: int
     device: str
     dtype: str
+    threads: int
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Computes the rows and writes their keys and values.

@@ -69,6 +69,7 @@ class CpuBackend:
         self.vocab_size = dense.vocab_size
         self.dtype = str(dense.dtype).removeprefix("torch.")
         self.block_count = max(LEAST_BLOCKS, size(_block_bytes(dense)))
+        self.threads = threads or len(os.sched_getaffinity(0))
         self._outs = max(most_outs, CHECK_OUTS)
         shape = CShape(
             dtype=BFLOAT16 if dense.dtype == torch.bfloat16 else FLOAT32,
@@ -85,7 +86,7 @@ class CpuBackend:
             blocks=self.block_count,
             most_rows=max(most_rows, CHECK_OUTS),
             most_outs=self._outs,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=self.threads,
             exact=exact,
             norm_eps=dense.norm_eps,
             embedding_scale=dense.embedding_scale,

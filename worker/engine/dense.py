@@ -13,7 +13,7 @@ from worker.engine.attention import NAME, Layer, LayerRecorder, paged_attention
 from worker.engine.native.library import Part
 
 
-class NotDense(Exception):  # noqa: N818
+class NotDense(Exception):
     """The native backend does not know this kind of model; the message says why."""
 
 

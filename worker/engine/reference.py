@@ -26,6 +26,7 @@ from worker.engine.backend import Batch
 from worker.engine.load_check import LEAST_BLOCKS, LoadCheck, refusal, refuse_by_config
 from worker.engine.sampler import Draw, sample
 
+
 class ReferenceBackend:
     """A transformers model that runs flat batches over a paged cache."""
 
@@ -35,7 +36,7 @@ class ReferenceBackend:
         Args:
             model: a causal language model of transformers; its attention is replaced.
             device: where it runs.
-            size: from the bytes of one block (16 tokens) to how many blocks are wanted; it gets
+            size: from the bytes of one block to how many blocks are wanted; it gets
                 LEAST_BLOCKS if that is more. Called when the weights are where they stay.
 
         Raises:
@@ -44,7 +45,7 @@ class ReferenceBackend:
         self._model = model.to(device).eval()
         self._device = device
         self._dtype = self._model.dtype
-        self._threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.device = str(device)
         self.dtype = str(self._dtype).removeprefix("torch.")
         refuse_by_config(self._model)
@@ -75,7 +76,7 @@ class ReferenceBackend:
     def alone(self, alone: bool) -> None:
         """Whether one thread computes without the others; see `Backend.alone`."""
         if self._device.type == "cpu":
-            torch.set_num_threads(1 if alone else self._threads)
+            torch.set_num_threads(1 if alone else self.threads)
 
     @torch.inference_mode()
     def clear(self, blocks: list[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,7 +212,7 @@ class TorchEngine:
         try:
             began = time.thread_time()
             self._run(works)
-            return (time.thread_time() - began) / len(os.sched_getaffinity(0))
+            return (time.thread_time() - began) / self._backend.threads
         finally:
             self._backend.alone(False)
 

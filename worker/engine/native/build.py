@@ -9,15 +9,19 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 SOURCE: Final = Path(__file__).parent / "source"
 
-_COMMON: Final = (
-    "-std=c++17 -O3 -fPIC -shared -pthread -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-).split()
-_AVX512: Final = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16".split()
+_COMMON: Final = [
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+_AVX512: Final = [
+    *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+]
 
 LEVELS: Final = {
     "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"],
@@ -36,7 +40,7 @@ _NEEDS: Final = {
 _TIMEOUT_S: Final = 300
 
 
-class NativeUnavailable(Exception):  # noqa: N818
+class NativeUnavailable(Exception):
     """The native backend cannot be used here; the message says why."""
 
 
@@ -59,23 +63,23 @@ def best_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     raise NativeUnavailable("this processor has no AVX2")
 
 
-def library(level: str, folder: Path) -> Path:
+def library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path:
     """The compiled backend for a level, from the folder, or compiled into it.
 
     Args:
         level: one of LEVELS.
-        folder: for compiled libraries. Their names hold a hash of the sources, the flags and the
-            compiler, so several versions can share it.
+        folder: for compiled libraries. Their names hold a hash of the sources and the flags, so
+            several versions can share it, and one that came with an image needs no compiler.
+        extra: sources that are compiled with it.
 
     Raises:
         NativeUnavailable: there is no compiler, or it fails.
     """
-    flags = [*_COMMON, *LEVELS[level]]
-    sources = sorted(SOURCE.glob("*.cpp"))
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for path in sorted(SOURCE.iterdir()):
+    flags = [*_COMMON, *LEVELS[level], f"-I{SOURCE}"]
+    sources = [*sorted(SOURCE.glob("*.cpp")), *extra]
+    digest = hashlib.sha256(" ".join([*_COMMON, *LEVELS[level]]).encode())
+    for path in [*sorted(SOURCE.iterdir()), *extra]:
         digest.update(path.name.encode() + path.read_bytes())
-    # One that came with an image serves where there is no compiler.
     path = folder / f"native-{level}-{digest.hexdigest()[:16]}.so"
     if not path.is_file():
         _compile(_compiler(), [*flags, *map(str, sources)], path)

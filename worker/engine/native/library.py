@@ -41,17 +41,22 @@ class Part(IntEnum):
     ROPE_SIN = 25
 
 
+_SHAPE: Final = (
+    *("dtype", "activation", "layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab"),
+    *("rope_tables", "positions", "blocks", "most_rows", "most_outs", "threads", "exact"),
+)
+_ROWS: Final = ("ids", "positions", "sequence", "table", "out_rows")
+_DRAWS: Final = (
+    *("temperature", "top_p", "min_p", "repetition", "presence", "frequency", "top_k"),
+    *("seed", "choice", "position", "seen_start", "seen_ids", "seen_generated"),
+)
+
+
 class CShape(ctypes.Structure):
     """`rts_shape`."""
 
     _fields_ = (
-        *(
-            (name, c_int32)
-            for name in (
-                "dtype activation layers hidden heads kv_heads head_size ffn vocab rope_tables "
-                "positions blocks most_rows most_outs threads exact"
-            ).split()
-        ),
+        *((name, c_int32) for name in _SHAPE),
         ("norm_eps", c_float),
         ("embedding_scale", c_float),
         ("logit_soft_cap", c_float),
@@ -73,14 +78,8 @@ class CStep(ctypes.Structure):
     """`rts_step`."""
 
     _fields_ = (
-        *((name, c_int64) for name in "rows sequences table_width outs".split()),
-        *(
-            (name, c_void_p)
-            for name in (
-                "ids positions sequence table out_rows temperature top_p min_p repetition presence "
-                "frequency top_k seed choice position seen_start seen_ids seen_generated"
-            ).split()
-        ),
+        *((name, c_int64) for name in ("rows", "sequences", "table_width", "outs")),
+        *((name, c_void_p) for name in (*_ROWS, *_DRAWS)),
     )
 
 

@@ -19,13 +19,13 @@ typedef struct {
     int32_t dtype;       // of weights, activations and cache
     int32_t activation;  // of the gated feed-forward part
     int32_t layers, hidden, heads, kv_heads, head_size, ffn, vocab;
-    int32_t rope_tables;        // 1, or 2 where kinds of layers have their own
-    int32_t positions;          // of the rotary tables: longest context
-    int32_t blocks;             // of the cache, 32 tokens each
-    int32_t most_rows;          // of a step
-    int32_t most_outs;          // rows of a step whose logits are wanted
-    int32_t threads;            // the caller included
-    int32_t exact;              // a row's result is the same in every batch and every piece
+    int32_t rope_tables;  // 1, or 2 where kinds of layers have their own
+    int32_t positions;    // of the rotary tables: longest context
+    int32_t blocks;       // of the cache, 32 tokens each
+    int32_t most_rows;    // of a step
+    int32_t most_outs;    // rows of a step whose logits are wanted
+    int32_t threads;      // the caller included
+    int32_t exact;        // a row's result is the same in every batch and every piece
     float norm_eps;
     float embedding_scale;
     float logit_soft_cap;  // 0 for none
@@ -33,9 +33,9 @@ typedef struct {
 
 typedef struct {
     int32_t rope_table;
-    int32_t window;   // positions that a row sees, itself included; 0 for all
-    float scale;      // of the scores
-    float soft_cap;   // of the scores; 0 for none
+    int32_t window;  // positions that a row sees, itself included; 0 for all
+    float scale;     // of the scores
+    float soft_cap;  // of the scores; 0 for none
 } rts_layer;
 
 // Parts of a layer. Matrices are [outputs][inputs] in the engine's dtype; norms, biases and
@@ -68,12 +68,12 @@ enum {
 // by one. With `temperature` null there is nothing to draw, only logits.
 typedef struct {
     int64_t rows, sequences, table_width, outs;
-    const int64_t* ids;       // [rows]
-    const int64_t* positions; // [rows]
-    const int64_t* sequence;  // [rows], not falling, from 0
-    const int64_t* table;     // [sequences][table_width], -1 where there is no block
-    const int64_t* out_rows;  // [outs]
-    const float* temperature; // [outs], like all of the following
+    const int64_t* ids;        // [rows]
+    const int64_t* positions;  // [rows]
+    const int64_t* sequence;   // [rows], not falling, from 0
+    const int64_t* table;      // [sequences][table_width], -1 where there is no block
+    const int64_t* out_rows;   // [outs]
+    const float* temperature;  // [outs], like all of the following
     const float* top_p;
     const float* min_p;
     const float* repetition;

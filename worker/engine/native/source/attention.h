@@ -81,7 +81,11 @@ inline void weigh_columns(const T* weights, const Context<T>& context, int first
         for (int c = 0; c < C; c++) sums[g][c] = load(result + g * head_size + column + c * LANES);
     for (int b = 0; b < blocks; b++) {
         const T* values = context.values(first_block + b) + size_t(column) * D;
+        const T* next = context.values(first_block + std::min(b + 1, blocks - 1)) + column * D;
         for (int t = 0; t < BLOCK; t += D) {
+            for (int c = 0; c < C; c++)
+                _mm_prefetch(reinterpret_cast<const char*>(next + t * head_size + c * LANES * D),
+                             _MM_HINT_T0);
             Lanes<T> v[C];
             for (int c = 0; c < C; c++)
                 v[c] = load_lanes(values + size_t(t) * head_size + c * LANES * D);
@@ -164,23 +168,22 @@ inline void attend_heads(const T* q, const Context<T>& context, const Look& look
         const int blocks = (std::min(chunk + CHUNK, position + 1) - begin + BLOCK - 1) / BLOCK;
         for (int b = 0; b < blocks; b++) {
             const T* keys = context.keys(begin / BLOCK + b);
-            const char* next = reinterpret_cast<const char*>(
-                b + 1 < blocks ? context.keys(begin / BLOCK + b + 1)
-                               : context.values(begin / BLOCK));
+            const char* next =
+                reinterpret_cast<const char*>(b + 1 < blocks ? context.keys(begin / BLOCK + b + 1)
+                                                             : context.values(begin / BLOCK));
             for (int i = 0; i < int(size * BLOCK * sizeof(T)); i += 64)
                 _mm_prefetch(next + i, _MM_HINT_T0);
             score_block<T, G>(q, size, keys, size, key_size, scores + b * BLOCK);
         }
         for (int g = 0; g < G; g++) {
-            const float fade =
-                softmax[g].fold(scores + g * CHUNK, blocks * BLOCK, first - begin,
-                                position + 1 - begin, look, weights + g * CHUNK);
+            const float fade = softmax[g].fold(scores + g * CHUNK, blocks * BLOCK, first - begin,
+                                               position + 1 - begin, look, weights + g * CHUNK);
             fade_result(result + g * size, size, fade);
         }
         weigh<T, G>(weights, context, begin / BLOCK, blocks, size, result);
     }
-    for (int g = 0; g < G; g++) finish_result(result + g * size, size, softmax[g].total,
-                                              out + g * size);
+    for (int g = 0; g < G; g++)
+        finish_result(result + g * size, size, softmax[g].total, out + g * size);
 }
 
 template <class T, int G = MOST_QUERIES>

@@ -109,8 +109,8 @@ inline void attend_tile(int tokens, int heads, const bf16* q, size_t q_stride,
                            scratch.sums);
         for (int r = 0; r < rows; r++)
             for (int j = r * size; j < (r + 1) * size; j += LANES)
-                store(scratch.result + j, fma(load(scratch.result + j), broadcast(fades[r]),
-                                              load(scratch.sums + j)));
+                store(scratch.result + j,
+                      fma(load(scratch.result + j), broadcast(fades[r]), load(scratch.sums + j)));
     }
     for (int r = 0; r < rows; r++)
         finish_result(scratch.result + r * size, size, softmax[r].total,

@@ -17,7 +17,7 @@ constexpr int HALF = 16;   // tokens that lie side by side in the keys
 // A half of the keys, and 16 columns of the values, are tiles of AMX as they are.
 template <class T>
 class Cache {
-   public:
+ public:
     Cache() = default;
     Cache(int layers, int blocks, int kv_heads, int head_size)
         : layers_(layers),
@@ -39,16 +39,14 @@ class Cache {
         return keys(layer, block, head) + size_t(key_size_) * BLOCK;
     }
 
-    // key: [head_size] floats, value: [head_size].
-    void write(int layer, int64_t block, int head, int offset, const float* key, const T* value) {
+    // key, value: [head_size].
+    void write(int layer, int64_t block, int head, int offset, const T* key, const T* value) {
         constexpr int D = DEPTH<T>;
         T* k = keys(layer, block, head) + size_t(offset / HALF) * key_size_ * HALF;
         T* v = values(layer, block, head) + size_t(offset / D) * head_size_ * D + offset % D;
-        const int token = offset % HALF;
-        for (int d = 0; d < head_size_; d++) {
-            from_float(key[d], k + (d / D * HALF + token) * D + d % D);
-            v[size_t(d) * D] = value[d];
-        }
+        k += offset % HALF * D;
+        for (int d = 0; d < head_size_; d += D) std::memcpy(k + d * HALF, key + d, D * sizeof(T));
+        for (int d = 0; d < head_size_; d++) v[d * D] = value[d];
     }
 
     void clear(int64_t block) {
@@ -56,7 +54,7 @@ class Cache {
             std::memset(keys(layer, block, 0), 0, block_size() * sizeof(T));
     }
 
-   private:
+ private:
     int layers_ = 0, blocks_ = 0, heads_ = 0, head_size_ = 0, key_size_ = 0;
     Array<T> memory_;
 };

@@ -44,8 +44,8 @@ template <class T>
 Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order) {
     Matrix<T> m;
     m.outputs = outputs, m.inputs = inputs, m.depth = round_up(inputs, 32);
-    m.panels = order == Order::plain ? round_up(outputs, PANEL) / PANEL
-                                     : round_up(outputs / 2, 16) / 16;
+    m.panels =
+        order == Order::plain ? round_up(outputs, PANEL) / PANEL : round_up(outputs / 2, 16) / 16;
     m.weights = Array<T>(size_t(m.panels) * PANEL * m.depth);
     constexpr int D = DEPTH<T>;
     team.run([&](int thread) {

@@ -13,7 +13,7 @@ constexpr size_t HUGE_PAGE = size_t(2) << 20;
 // An array of zeros, taken from the system page by page as it is touched.
 template <class T>
 class Array {
-   public:
+ public:
     Array() = default;
     explicit Array(size_t size) : size_(size) {
         if (size == 0) return;
@@ -47,7 +47,7 @@ class Array {
     T& operator[](size_t i) { return data_[i]; }
     const T& operator[](size_t i) const { return data_[i]; }
 
-   private:
+ private:
     void release() {
         if (base_) munmap(base_, bytes_);
     }

@@ -32,13 +32,12 @@ struct Layer {
 
 template <class T>
 class Decoder final : public Engine {
-   public:
+ public:
     Decoder(const rts_shape& shape, const rts_layer* layers)
         : shape_(shape),
           team_(shape.threads),
           width_(round_up(shape.hidden, PANEL)),
-          qkv_width_(
-              round_up((shape.heads + 2 * shape.kv_heads) * shape.head_size, PANEL)),
+          qkv_width_(round_up((shape.heads + 2 * shape.kv_heads) * shape.head_size, PANEL)),
           attention_width_(round_up(shape.heads * shape.head_size, PANEL)),
           ffn_width_(round_up(shape.ffn, PANEL)),
           vocab_width_(round_up(shape.vocab, PANEL)),
@@ -57,8 +56,7 @@ class Decoder final : public Engine {
         ffn_ = Array<T>(rows * ffn_width_);
         logits_ = Array<float>(outs * vocab_width_);
 #if RTS_TILES
-        for (int i = 0; i < shape.threads; i++)
-            scratch_.push_back(std::make_unique<TileScratch>());
+        for (int i = 0; i < shape.threads; i++) scratch_.push_back(std::make_unique<TileScratch>());
 #endif
     }
 
@@ -82,7 +80,8 @@ class Decoder final : public Engine {
         for (const auto& l : layers_) {
             need(!l.norm_attention.empty() && !l.norm_ffn.empty(), "a norm");
             need(l.norm_query.empty() == l.norm_key.empty(), "the other norm of queries and keys");
-            need(l.norm_attention_out.empty() == l.norm_ffn_out.empty(), "the other norm of results");
+            need(l.norm_attention_out.empty() == l.norm_ffn_out.empty(),
+                 "the other norm of results");
             need(l.qkv.outputs && l.out.outputs && l.gate_up.outputs && l.down.outputs, "a matrix");
         }
         need(!embedding_.empty(), "the embedding");
@@ -109,13 +108,14 @@ class Decoder final : public Engine {
     int logits_stride() const override { return vocab_width_; }
 
     void clear(int64_t block) override {
-        if (block < 0 || block >= shape_.blocks) refuse("there is no block " + std::to_string(block));
+        if (block < 0 || block >= shape_.blocks)
+            refuse("there is no block " + std::to_string(block));
         cache_.clear(block);
     }
 
     void set_alone(bool alone) override { team_.set_alone(alone); }
 
-   private:
+ private:
     void set_layer(Layer<T>& l, int part, const void* data, int64_t count) {
         const int64_t hidden = shape_.hidden, heads = int64_t(shape_.heads) * shape_.head_size;
         const int64_t qkv = heads + 2 * int64_t(shape_.kv_heads) * shape_.head_size;
@@ -180,8 +180,8 @@ class Decoder final : public Engine {
         std::memcpy(to.data(), data, count * sizeof(float));
     }
 
-    void set_matrix(Matrix<T>& to, const void* data, int64_t count, int64_t outputs,
-                    int64_t inputs, Order order) {
+    void set_matrix(Matrix<T>& to, const void* data, int64_t count, int64_t outputs, int64_t inputs,
+                    Order order) {
         expect(count, outputs * inputs, "a matrix");
         to = pack(team_, static_cast<const T*>(data), int(outputs), int(inputs), order);
     }
@@ -314,8 +314,8 @@ class Decoder final : public Engine {
         const int outs = int(s.outs);
         const Share out(outs, thread, threads);
         for (int i = out.first; i < out.last; i++)
-            rms_norm(row(x_, int(s.out_rows[i]), width_), norm_final_.data(), shape_.hidden,
-                     width_, shape_.norm_eps, row(h_, i, width_));
+            rms_norm(row(x_, int(s.out_rows[i]), width_), norm_final_.data(), shape_.hidden, width_,
+                     shape_.norm_eps, row(h_, i, width_));
         team_.barrier();
         multiply(h_.data(), width_, outs, head_, Share(head_.panels, thread, threads),
                  [&](int p, int r, float* values) {
@@ -370,10 +370,11 @@ class Decoder final : public Engine {
             rotate(q, norm(l.norm_query), size, shape_.norm_eps, cos, sin, rotated);
             for (int j = 0; j < size; j += LANES) store(q + j, load(rotated + j));
         }
-        const T* k = row(qkv_, r, qkv_width_) + size_t(shape_.heads + kv_head) * size;
+        T* k = row(qkv_, r, qkv_width_) + size_t(shape_.heads + kv_head) * size;
         rotate(k, norm(l.norm_key), size, shape_.norm_eps, cos, sin, rotated);
+        for (int j = 0; j < size; j += LANES) store(k + j, load(rotated + j));
         const int64_t block = s.table[s.sequence[r] * s.table_width + position / BLOCK];
-        cache_.write(layer, block, kv_head, int(position % BLOCK), rotated,
+        cache_.write(layer, block, kv_head, int(position % BLOCK), k,
                      k + size_t(shape_.kv_heads) * size);
     }
 
@@ -411,12 +412,16 @@ class Decoder final : public Engine {
             const int64_t from = s.seen_start[i], count = s.seen_start[i + 1] - from;
             const Seen seen{count, s.seen_ids + from, s.seen_generated + from};
             const Draw draw{
-                s.temperature[i], s.top_p[i],     s.min_p[i],  s.repetition[i],
-                s.presence[i],    s.frequency[i], s.top_k[i],
+                s.temperature[i],
+                s.top_p[i],
+                s.min_p[i],
+                s.repetition[i],
+                s.presence[i],
+                s.frequency[i],
+                s.top_k[i],
                 uniform(uint64_t(s.seed[i]), uint64_t(s.choice[i]), uint64_t(s.position[i])),
                 seen};
-            tokens[i] =
-                samplers_[thread].choose(row(logits_, i, vocab_width_), vocab_width_, draw);
+            tokens[i] = samplers_[thread].choose(row(logits_, i, vocab_width_), vocab_width_, draw);
         }
     }
 
@@ -445,8 +450,8 @@ class Decoder final : public Engine {
 void check_shape(const rts_shape& s, const rts_layer* layers) {
     const auto between = [](int64_t x, int64_t low, int64_t high, const char* what) {
         if (x < low || x > high)
-            refuse(std::string(what) + " is " + std::to_string(x) + ", not " +
-                   std::to_string(low) + " to " + std::to_string(high));
+            refuse(std::string(what) + " is " + std::to_string(x) + ", not " + std::to_string(low) +
+                   " to " + std::to_string(high));
     };
     between(s.dtype, RTS_BF16, RTS_F32, "dtype");
     between(s.activation, RTS_SILU, RTS_GELU_TANH, "activation");

@@ -18,7 +18,7 @@ namespace rts {
 
 // What the C interface sees, whatever the type of the weights.
 class Engine {
-   public:
+ public:
     virtual ~Engine() = default;
     virtual void set(int layer, int part, const void* data, int64_t count) = 0;
     virtual void check_complete() const = 0;

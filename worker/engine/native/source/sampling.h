@@ -15,7 +15,7 @@
 
 namespace rts {
 
-constexpr int64_t FAILED = -1;  // the largest logit is no finite number
+constexpr int64_t FAILED = -1;   // the largest logit is no finite number
 constexpr float GREEDY = 1e-5f;  // temperatures below are zero
 
 // Ids that a row has seen, and how often it generated each.
@@ -47,7 +47,7 @@ inline double uniform(uint64_t seed, uint64_t choice, uint64_t position) {
 }
 
 class Sampler {
-   public:
+ public:
     // logits: [width], width a multiple of PANEL; what is beyond the vocabulary is -infinity.
     int64_t choose(float* logits, int width, const Draw& draw) {
         punish(logits, draw);
@@ -58,9 +58,10 @@ class Sampler {
         return from_best(logits, width, draw);
     }
 
-   private:
+ private:
     static constexpr int STRIPE = 256;
     static constexpr int FEW = 64;
+    static constexpr int LIMITS = 7;
 
     struct Candidate {
         float logit;
@@ -103,75 +104,138 @@ class Sampler {
         return FAILED;
     }
 
-    // Sums of e^((logit - most) / temperature) over each stripe; their sum.
+    // Weights e^((logit - most) / temperature), in (0, 1]; returns their sum.
     double weigh_all(const float* logits, int width, float temperature) {
         const Vec shift = broadcast(most_), heat = broadcast(1 / temperature);
+        weights_.resize(width);
+        for (int j = 0; j < width; j += LANES)
+            store(weights_.data() + j, exp(mul(sub(load(logits + j), shift), heat)));
+        return sum_from(0);
+    }
+
+    // Sum of the weights that are not below the limit; of each stripe, too.
+    double sum_from(float limit) {
+        const int width = int(weights_.size());
         stripes_.resize((width + STRIPE - 1) / STRIPE);
         double total = 0;
         for (size_t s = 0; s < stripes_.size(); s++) {
             Vec sums = zero();
             const int end = std::min(width, int(s + 1) * STRIPE);
-            for (int j = int(s) * STRIPE; j < end; j += LANES)
-                sums = add(sums, exp(mul(sub(load(logits + j), shift), heat)));
+            for (int j = int(s) * STRIPE; j < end; j += LANES) {
+                Vec w = load(weights_.data() + j);
+                sums = add(sums, zero_below(w, broadcast(limit), w));
+            }
             stripes_[s] = sum(sums);
             total += stripes_[s];
         }
         return total;
     }
 
-    // In the order of ids. The stripe first, then the token in it.
-    int64_t from_all(const float* logits, int width, const Draw& draw) {
-        double left = draw.uniform * weigh_all(logits, width, draw.temperature);
+    // The token at `left` of the sums of the last sum_from, in the order of ids: first the stripe,
+    // then the token in it.
+    int64_t at(double left, float limit) const {
         size_t s = 0;
         while (s + 1 < stripes_.size() && left >= stripes_[s]) left -= stripes_[s++];
-        const int end = std::min(width, int(s + 1) * STRIPE);
         int64_t last = FAILED;
+        const int end = std::min(int(weights_.size()), int(s + 1) * STRIPE);
         for (int j = int(s) * STRIPE; j < end; j++) {
-            const double weight = std::exp(double(logits[j] - most_) / draw.temperature);
-            if (weight <= 0) continue;
+            const float w = weights_[j];
+            if (w < limit || w <= 0) continue;
             last = j;
-            if (left < weight) return j;
-            left -= weight;
+            if (left < w) return j;
+            left -= w;
         }
         // Rounding pushed it to the very end.
-        return last != FAILED ? last : first_at_least(logits, width, most_);
+        if (last == FAILED)
+            for (int j = 0; j < int(weights_.size()); j++)
+                if (weights_[j] >= limit && weights_[j] > 0) last = j;
+        return last;
     }
 
-    // In the order of likelihood, among those that min_p, top_k and top_p keep.
+    int64_t from_all(const float* logits, int width, const Draw& draw) {
+        return at(draw.uniform * weigh_all(logits, width, draw.temperature), 0);
+    }
+
+    // Among those that min_p, top_k and top_p keep: mostly a few, and then the most likely first.
     int64_t from_best(const float* logits, int width, const Draw& draw) {
-        const float floor =
-            draw.min_p > 0 ? most_ + draw.temperature * std::log(draw.min_p) : -INFINITY;
-        // What top_p is a share of: all, unless min_p or top_k leave less.
-        const bool shares_all = draw.min_p <= 0 && draw.top_k == 0;
-        const double all = shares_all ? weigh_all(logits, width, draw.temperature) : 0;
-        const float thresholds[] = {std::max(floor, panel_threshold()),
-                                    std::max(floor, most_ - 10 * draw.temperature), floor};
-        for (const float threshold : thresholds) {
-            gather(logits, threshold, draw.temperature);
-            const bool complete = threshold <= floor;
-            size_t kept = candidates_.size();
-            if (draw.top_k > 0 && size_t(draw.top_k) <= kept)
-                kept = size_t(draw.top_k);
-            else if (!complete && !shares_all)
-                continue;
-            double mass = all;
-            if (!shares_all) {
-                mass = 0;
-                for (size_t i = 0; i < kept; i++) mass += candidates_[i].weight;
-            }
-            const double goal = double(draw.top_p) * mass;
-            double sum = 0;
-            size_t n = 0;
-            while (n < kept && sum < goal) sum += candidates_[n++].weight;
-            if (sum < goal && !complete && shares_all) continue;
-            double left = draw.uniform * sum;
-            for (size_t i = 0; i < n; i++) {
-                if (left < candidates_[i].weight) return candidates_[i].id;
-                left -= candidates_[i].weight;
-            }
-            return candidates_[n ? n - 1 : 0].id;
+        const float floor = std::max(0.f, draw.min_p);
+        double mass = draw.top_k > 0 ? 0 : weigh_all(logits, width, draw.temperature);
+        if (draw.top_k == 0 && floor > 0) mass = sum_from(floor);
+        if (draw.top_k == 0 && draw.top_p >= 1) return at(draw.uniform * mass, floor);
+        const float lowest = floor > 0 ? most_ + draw.temperature * std::log(floor) : -INFINITY;
+        const float few = std::max(lowest, panel_threshold());
+        gather(logits, few, draw.temperature, floor);
+        if (draw.top_k > 0) {
+            if (size_t(draw.top_k) > candidates_.size() && few > lowest)
+                gather(logits, lowest, draw.temperature, floor);
+            candidates_.resize(std::min(candidates_.size(), size_t(draw.top_k)));
+            for (const auto& c : candidates_) mass += c.weight;
         }
-        return candidates_[0].id;  // not reached: the last threshold is complete
+        const double goal = double(draw.top_p) * mass;
+        double kept = 0;
+        size_t n = 0;
+        while (n < candidates_.size() && kept < goal) kept += candidates_[n++].weight;
+        if (kept < goal && draw.top_k == 0 && few > lowest) return from_many(goal, floor, draw);
+        return pick(n, draw.uniform * kept);
+    }
+
+    int64_t pick(size_t count, double left) const {
+        for (size_t i = 0; i < count; i++) {
+            if (left < candidates_[i].weight) return candidates_[i].id;
+            left -= candidates_[i].weight;
+        }
+        return candidates_[count ? count - 1 : 0].id;
+    }
+
+    // Where top_p keeps many: the weight at which its goal is reached is looked for with a few
+    // limits at a time, down to a handful of tokens between two of them, which alone are sorted.
+    int64_t from_many(double goal, float floor, const Draw& draw) {
+        // What is not below `low` reaches the goal, what is not below `high` does not.
+        float low = std::max(floor, 1e-30f), high = 1.0001f;
+        for (int round = 0; round < 5; round++) {
+            float limits[LIMITS];
+            const float step = std::pow(high / low, 1.f / (LIMITS + 1));
+            for (int i = 0; i < LIMITS; i++) limits[i] = low * std::pow(step, float(i + 1));
+            double sums[LIMITS];
+            sums_from(limits, sums);
+            float next_low = low, next_high = high;
+            for (int i = 0; i < LIMITS; i++) {
+                if (sums[i] >= goal)
+                    next_low = limits[i];
+                else {
+                    next_high = limits[i];
+                    break;
+                }
+            }
+            low = next_low, high = next_high;
+        }
+        double kept = sum_from(high);
+        candidates_.clear();
+        for (int j = 0; j < int(weights_.size()); j += LANES) {
+            uint32_t found = not_below(load(weights_.data() + j), broadcast(low));
+            for (; found; found &= found - 1) {
+                const int id = j + __builtin_ctz(found);
+                if (weights_[id] < high) candidates_.push_back({0, id, weights_[id]});
+            }
+        }
+        std::sort(candidates_.begin(), candidates_.end(), [](const auto& a, const auto& b) {
+            return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+        });
+        const double above = kept;
+        size_t n = 0;
+        while (n < candidates_.size() && kept < goal) kept += candidates_[n++].weight;
+        const double left = draw.uniform * kept;
+        return left < above || n == 0 ? at(left, high) : pick(n, left - above);
+    }
+
+    void sums_from(const float (&limits)[LIMITS], double (&sums)[LIMITS]) const {
+        Vec parts[LIMITS], bounds[LIMITS];
+        for (int i = 0; i < LIMITS; i++) parts[i] = zero(), bounds[i] = broadcast(limits[i]);
+        for (int j = 0; j < int(weights_.size()); j += LANES) {
+            Vec w = load(weights_.data() + j);
+            for (int i = 0; i < LIMITS; i++) parts[i] = add(parts[i], zero_below(w, bounds[i], w));
+        }
+        for (int i = 0; i < LIMITS; i++) sums[i] = sum(parts[i]);
     }
 
     // At least FEW logits are not below it, if there are so many panels.
@@ -183,7 +247,7 @@ class Sampler {
     }
 
     // All logits that are not below the threshold, the most likely first, equal ones by id.
-    void gather(const float* logits, float threshold, float temperature) {
+    void gather(const float* logits, float threshold, float temperature, float floor) {
         candidates_.clear();
         for (size_t p = 0; p < panels_.size(); p++) {
             if (panels_[p] < threshold) continue;
@@ -195,10 +259,12 @@ class Sampler {
             return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
         });
         for (auto& c : candidates_) c.weight = std::exp(double(c.logit - most_) / temperature);
+        // The logit of min_p is rounded.
+        while (!candidates_.empty() && candidates_.back().weight < floor) candidates_.pop_back();
     }
 
     float most_ = 0;
-    std::vector<float> panels_, sorted_;
+    std::vector<float> panels_, sorted_, weights_;
     std::vector<double> stripes_;
     std::vector<Candidate> candidates_;
 };

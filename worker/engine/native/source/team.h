@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,14 +11,13 @@
 #include <atomic>
 #include <csignal>
 #include <functional>
-#include <pthread.h>
 #include <thread>
 #include <vector>
 
 namespace rts {
 
 class Team {
-   public:
+ public:
     explicit Team(int size) : size_(size) {
         // Signals are for Python's threads.
         sigset_t all, before;
@@ -65,7 +65,7 @@ class Team {
         }
     }
 
-   private:
+ private:
     static constexpr int SPINS_BEFORE_YIELD = 2000;
     // About a tenth of a millisecond: the next step mostly begins within it.
     static constexpr int SPINS_BEFORE_SLEEP = 2000;

@@ -12,7 +12,7 @@ namespace rts {
 
 // Every thread configures its tiles when a step begins: other libraries use them, too.
 class Tiles {
-   public:
+ public:
     Tiles() {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
