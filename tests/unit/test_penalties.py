@@ -66,7 +66,6 @@ def acceptable(row: torch.Tensor, draw: Draw) -> set[int]:
     possible = (value >= torch.tensor(sampling.min_p)) & (value > 0)
     kept: list[int] = order[possible].tolist()[: sampling.top_k or None]
     mass = weights[kept].double()
-    before = mass.cumsum(0) - mass
     shares = (mass.cumsum(0) - mass) / mass.sum()
     found: set[int] = set()
     # Where top_p's border is a matter of rounding, the last token may be in or out.
