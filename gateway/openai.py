@@ -12,15 +12,9 @@ from gateway.requests import (
     Count,
     ModelName,
     Order,
+    SamplingFields,
     Seconds,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    given,
     priority_class,
-    stop_list,
 )
 from shared.errors import InvalidRequest
 
@@ -29,10 +23,6 @@ _TIERS = {"auto": "normal", "default": "normal", "priority": "high", "flex": "lo
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "min_tokens": (0,),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -102,30 +92,20 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     include_obfuscation: Literal[False] | None = None
 
 
-class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _Generation(SamplingFields, kw_only=True):
     """Fields of both endpoints. null counts as left out; fields of type Any take neutral values."""
 
     model: ModelName
-    max_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     service_tier: Literal["auto", "default", "priority", "flex"] | None = None
     priority: str | None = None
-    top_k: TopK | None = None
     ignore_eos: bool | None = None
     timeout_s: Seconds | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     n: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
-    min_p: Any = None
     min_tokens: Any = None
     logprobs: Any = None
     logit_bias: Any = None
@@ -148,12 +128,9 @@ class _Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             "cls": tier if self.priority is None else priority_class(self.priority),
             "stream": bool(self.stream),
             "include_usage": bool(options and options.include_usage),
-            "seed": self.seed,
-            "stop": stop_list(self.stop),
-            "top_k": max(0, self.top_k or 0),
             "ignore_eos": bool(self.ignore_eos),
             "timeout_s": self.timeout_s,
-            **given(temperature=self.temperature, top_p=self.top_p),
+            **self.chosen(),
         }
 
 

@@ -31,6 +31,11 @@ Count = Annotated[int, Meta(ge=1, le=MAX_INT)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=MAX_INT, description="0 or -1: all tokens")]
+MinP = Annotated[float, Meta(ge=0, le=1, description="a share of the largest probability")]
+Penalty = Annotated[float, Meta(ge=-2, le=2, description="over generated tokens")]
+Repetition = Annotated[
+    float, Meta(ge=0.01, le=100, description="over prompt and generated tokens; 1: none")
+]
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
@@ -61,6 +66,10 @@ class Order:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
@@ -71,17 +80,42 @@ class Order:
     client_id: str | None = None
 
 
-class InferRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Body of /infer and /infer_stream. A field that is null counts as left out."""
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields of every body that say how tokens are chosen. null counts as left out."""
 
-    model: ModelName
-    prompt: str
     max_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
     seed: Seed | None = None
     stop: Stop | None = None
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields of an Order, but max_tokens; those left out keep their defaults."""
+        return {
+            "seed": self.seed,
+            "stop": stop_list(self.stop),
+            "top_k": max(0, self.top_k or 0),
+            **given(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+            ),
+        }
+
+
+class InferRequest(SamplingFields, kw_only=True):
+    """Body of /infer and /infer_stream. A field that is null counts as left out."""
+
+    model: ModelName
+    prompt: str
     priority: str | None = None
     client_id: ClientId | None = None
     timeout_s: Seconds | None = None
@@ -105,10 +139,7 @@ class InferRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             timeout_s=self.timeout_s,
             stream=stream,
             client_id=self.client_id,
-            stop=stop_list(self.stop),
-            seed=self.seed,
-            top_k=max(0, self.top_k or 0),
-            **given(temperature=self.temperature, top_p=self.top_p),
+            **self.chosen(),
         )
 
 

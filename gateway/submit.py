@@ -329,9 +329,13 @@ def _request(
         seed=int(rid[:16], 16) >> 1 if order.seed is None else order.seed,
         stop=order.stop,
         ignore_eos=order.ignore_eos,
+        min_p=order.min_p,
+        presence_penalty=order.presence_penalty,
+        frequency_penalty=order.frequency_penalty,
+        repetition_penalty=order.repetition_penalty,
     )
     return messages.Request(
-        messages.VERSION,
+        sampling.version,
         rid,
         model.name,
         model.version,

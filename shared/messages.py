@@ -1,13 +1,15 @@
 """Everything that goes through Redis, msgpack-encoded. Each message starts with its version.
 
 A reader ignores fields that a newer writer appended and fills those that an older one lacks with
-their defaults; what cannot be read raises the one typed DecodeError.
+their defaults; what cannot be read raises the one typed DecodeError. Where a field must not be
+ignored, a message that uses it has a higher version, which an older reader refuses; one that does
+not use it keeps its version, and older readers go on with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from typing import ClassVar, Final, TypeVar
 
 import msgspec
 
@@ -17,13 +19,23 @@ VERSION = 1
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
-    """Base of all messages: an array whose first item is the version."""
+    """Base of all messages: an array whose first item is the version.
+
+    Attributes:
+        NEWEST: the highest version of this message that this program knows; the lowest is VERSION.
+    """
+
+    NEWEST: ClassVar[int] = VERSION
 
     v: int
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How tokens are chosen: the engine interface's SamplingParams, and stop strings."""
+    """How tokens are chosen: the engine interface's SamplingParams, and stop strings.
+
+    Fields are appended, with neutral defaults, and with a version in `_SINCE` of the first
+    Request whose readers act on them.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -33,10 +45,42 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     stop: list[str] = []
     stop_ids: list[int] = []
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def version(self) -> int:
+        """The version that a Request with this must have, so that no worker runs it without."""
+        return max((_SINCE[name] for name, _ in self._later()), default=VERSION)
+
+    def work(self) -> tuple[object, ...]:
+        """Equal for equal sampling, also as a release knew it that lacks some of the fields."""
+        fields = msgspec.structs.astuple(self)
+        return (*fields[: len(fields) - len(_SINCE)], *self._later())
+
+    def _later(self) -> list[tuple[str, object]]:
+        """The fields that the first version lacks and that change anything here."""
+        values = {name: getattr(self, name) for name in _SINCE}
+        return [(name, value) for name, value in values.items() if value != _NEUTRAL[name]]
+
+
+_SINCE: Final = {
+    "min_p": 2,
+    "presence_penalty": 2,
+    "frequency_penalty": 2,
+    "repetition_penalty": 2,
+}
+"""Sampling's last fields, those that version 1 of a Request lacks."""
+
+_NEUTRAL: Final = {f.name: f.default for f in msgspec.structs.fields(Sampling) if f.name in _SINCE}
 
 
 class Request(Message, frozen=True):
     """The body of a request: what a worker needs to run it, and a gateway to relay it.
+
+    Its version is that of its sampling.
 
     Attributes:
         rid: request id. model, version: what it runs on. caller: whose it is.
@@ -48,6 +92,8 @@ class Request(Message, frozen=True):
         created: Unix time in seconds when it was accepted.
         include_usage: OpenAI's stream_options.include_usage.
     """
+
+    NEWEST: ClassVar[int] = 2
 
     rid: str
     model: str
@@ -64,7 +110,8 @@ class Request(Message, frozen=True):
 
     def digest(self) -> str:
         """Equal for equal work: what may attach to this request under the same Idempotency-Key."""
-        same = (self.model, self.caller, self.prompt, self.sampling, self.api, self.stream)
+        sampling = self.sampling.work()
+        same = (self.model, self.caller, self.prompt, sampling, self.api, self.stream)
         return hashlib.blake2b(msgspec.msgpack.encode(same), digest_size=16).hexdigest()
 
     def view(self, *, resumable: bool) -> View:
@@ -191,8 +238,8 @@ def decode(data: bytes, kind: type[M]) -> M:
         message = msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DecodeError(kind.__name__, str(error)) from error
-    if message.v != VERSION:
-        raise DecodeError(kind.__name__, f"version {message.v}, this program knows {VERSION}")
+    if not VERSION <= message.v <= kind.NEWEST:
+        raise DecodeError(kind.__name__, f"version {message.v}, this program knows {kind.NEWEST}")
     return message
 
 

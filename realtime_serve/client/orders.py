@@ -19,7 +19,10 @@ class Options(TypedDict, total=False):
     Attributes:
         model: its name.
         max_tokens: most tokens of the answer. temperature: 0 to 2. top_p: above 0, to 1.
-        top_k: 0 is all. seed: the same one gives the same answer. stop: up to 4 strings.
+        top_k: 0 is all. min_p: 0 to 1, a share of the largest probability.
+        presence_penalty, frequency_penalty: -2 to 2, over the tokens of the answer.
+        repetition_penalty: 0.01 to 100, over those of the prompt, too.
+        seed: the same one gives the same answer. stop: up to 4 strings.
         priority: high, normal or low. timeout_s: deadline at the server, queue included.
         idempotency_key: with the same key and the same request again, the answer is the same
             one and nothing runs twice. By default each request has a key of its own.
@@ -30,6 +33,10 @@ class Options(TypedDict, total=False):
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
     seed: int | None
     stop: str | Sequence[str] | None
     priority: str | None

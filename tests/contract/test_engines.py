@@ -264,14 +264,26 @@ def test_a_seed_decides_the_tokens(make: Make) -> None:
 
 
 @pytest.mark.parametrize("known", [1, 7, 15])
-def test_a_sequence_goes_on_from_what_another_engine_generated(make: Make, known: int) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"min_p": 0.3, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "repetition_penalty": 1.5, "frequency_penalty": 0.2},
+        {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.2},
+    ],
+    ids=lambda sampling: "+".join(sampling) or "plain",
+)
+def test_a_sequence_goes_on_from_what_another_engine_generated(
+    make: Make, known: int, sampling: dict[str, Any]
+) -> None:
     engine = make()
-    engine.add(ask("a", 16, seed=9))
+    engine.add(ask("a", 16, seed=9, **sampling))
     whole = drain(engine)["a"][0]
     other = make()
     other.add(ask("other", 20, seed=1))
     other.step()
-    other.add(ask("a", 16, seed=9, generated=whole[:known]))
+    other.add(ask("a", 16, seed=9, **sampling, generated=whole[:known]))
     assert drain(other)["a"] == (whole[known:], "length")
 
 

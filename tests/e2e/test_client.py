@@ -521,6 +521,26 @@ async def test_a_detached_stream_goes_on_by_itself(stand: Stand, client: AsyncCl
     check(first + rest, 30)
 
 
+async def test_every_option_is_the_servers_own(client: AsyncClient) -> None:
+    answer = await client.infer(
+        "hi",
+        model="echo",
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.1,
+        seed=4,
+        stop=["#"],
+        priority="high",
+        timeout_s=20,
+    )
+    assert answer.usage.completion_tokens == 3
+
+
 # What it says when it cannot go on.
 
 
@@ -529,6 +549,8 @@ async def test_bad_input_names_the_parameter(client: AsyncClient) -> None:
     for bad, param in (
         ({"temperature": 3}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"priority": "urgent"}, "priority"),
         ({"no_such_field": 1}, "no_such_field"),

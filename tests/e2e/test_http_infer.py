@@ -69,6 +69,10 @@ async def test_the_worker_gets_what_was_ordered(site: Site) -> None:
         "temperature": 0.25,
         "top_p": 0.5,
         "top_k": 7,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
         "stop": ["#", "!!"],
         "priority": "High",
         "client_id": "me",
@@ -83,6 +87,12 @@ async def test_the_worker_gets_what_was_ordered(site: Site) -> None:
     sampling = request.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (8, 0.25, 0.5)
     assert (sampling.top_k, sampling.seed, sampling.stop) == (7, 5, ["#", "!!"])
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    # A worker that would ignore one of these cannot read it.
+    assert request.v == 2
+    await site.post("/infer", BODY)
+    assert site.worker.seen[-1].v == 1
 
 
 async def test_without_max_tokens_the_default_is_cut_to_the_context(site: Site) -> None:

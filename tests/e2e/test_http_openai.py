@@ -96,11 +96,18 @@ async def test_extensions(site: Site, client: openai.AsyncOpenAI) -> None:
         messages=MESSAGES,
         max_tokens=1,
         service_tier="flex",
-        extra_body={"top_k": 5, "ignore_eos": True, "timeout_s": 30},
+        presence_penalty=1.5,
+        frequency_penalty=-0.5,
+        extra_body={
+            **{"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
+            **{"ignore_eos": True, "timeout_s": 30},
+        },
     )
-    request = site.worker.seen[-1]
-    assert request.sampling.top_k == 5
-    assert request.sampling.ignore_eos
+    sampling = site.worker.seen[-1].sampling
+    assert sampling.top_k == 5
+    assert sampling.ignore_eos
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -0.5)
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:

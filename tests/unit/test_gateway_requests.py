@@ -52,6 +52,17 @@ COMMON_BAD: list[tuple[str, Any, str]] = [
     ("top_p", False, "top_p"),
     ("top_k", -2, "top_k"),
     ("top_k", 1.5, "top_k"),
+    ("min_p", -0.1, "min_p"),
+    ("min_p", 1.1, "min_p"),
+    ("min_p", True, "min_p"),
+    ("presence_penalty", 2.1, "presence_penalty"),
+    ("presence_penalty", "1", "presence_penalty"),
+    ("frequency_penalty", -2.1, "frequency_penalty"),
+    ("frequency_penalty", [0], "frequency_penalty"),
+    ("repetition_penalty", 0, "repetition_penalty"),
+    ("repetition_penalty", -1, "repetition_penalty"),
+    ("repetition_penalty", 101, "repetition_penalty"),
+    ("repetition_penalty", False, "repetition_penalty"),
     ("seed", -1, "seed"),
     ("seed", 2**63, "seed"),
     ("seed", True, "seed"),
@@ -88,10 +99,6 @@ OPENAI_BAD: list[tuple[str, Any, str]] = [
     ("n", 2, "n"),
     ("n", True, "n"),
     ("n", "1", "n"),
-    ("presence_penalty", 0.5, "presence_penalty"),
-    ("frequency_penalty", -1, "frequency_penalty"),
-    ("repetition_penalty", 1.1, "repetition_penalty"),
-    ("min_p", 0.1, "min_p"),
     ("logprobs", True, "logprobs"),
     ("logprobs", 0, "logprobs"),
     ("logit_bias", {"5": 1}, "logit_bias"),
@@ -258,6 +265,10 @@ def test_all_of_infers_fields() -> None:
             "temperature": 0,
             "top_p": 0.5,
             "top_k": 3,
+            "min_p": 0.1,
+            "presence_penalty": -1,
+            "frequency_penalty": 0.5,
+            "repetition_penalty": 1.2,
             "seed": 2**63 - 1,
             "stop": "x",
             "priority": "HIGH",
@@ -274,6 +285,10 @@ def test_all_of_infers_fields() -> None:
         temperature=0,
         top_p=0.5,
         top_k=3,
+        min_p=0.1,
+        presence_penalty=-1.0,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
         seed=2**63 - 1,
         stop=["x"],
         cls="high",
@@ -281,6 +296,25 @@ def test_all_of_infers_fields() -> None:
         timeout_s=1.5,
         stream=True,
     )
+
+
+@pytest.mark.parametrize(("read", "good"), [(infer, INFER), (chat, CHAT), (completion, COMPLETION)])
+def test_every_endpoint_takes_all_of_sampling(read: Any, good: dict[str, Any]) -> None:
+    asked = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
+        "presence_penalty": 0.1,
+        "frequency_penalty": -0.1,
+        "repetition_penalty": 1.3,
+        "seed": 5,
+        "stop": ["x"],
+    }
+    order = read({**good, **asked})
+    assert {name: getattr(order, name) for name in asked} == asked
+    left_out = dict.fromkeys(asked)
+    assert read({**good, **left_out}) == read(good)
 
 
 def test_infer_stream_cannot_be_told_not_to() -> None:
@@ -292,8 +326,6 @@ def test_infer_stream_cannot_be_told_not_to() -> None:
 def test_neutral_values_of_what_is_not_supported_are_accepted() -> None:
     neutral = {
         "n": 1,
-        "presence_penalty": 0,
-        "frequency_penalty": 0.0,
         "logprobs": False,
         "top_logprobs": None,
         "logit_bias": {},

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import string
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,6 +33,7 @@ from shared.messages import (
     read_frame,
 )
 
+ROOT = Path(__file__).parents[2]
 PROFILE = settings(max_examples=100, derandomize=True, database=None, deadline=None)
 KINDS: list[type[Message]] = sorted(Message.__subclasses__(), key=lambda kind: kind.__name__)
 
@@ -109,8 +114,9 @@ def test_an_older_writer_may_lack_fields(kind: type[Message]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("version", [0, 2, -1, 2**63])
-def test_an_unknown_version(kind: type[Message], version: int) -> None:
+@pytest.mark.parametrize("version", [0, "one more", -1, 2**63])
+def test_an_unknown_version(kind: type[Message], version: Any) -> None:
+    version = kind.NEWEST + 1 if version == "one more" else version
     values = [version, *plain(example(kind))[1:]]
     with pytest.raises(DecodeError, match="version"):
         decode(msgspec.msgpack.encode(values), kind)
@@ -199,6 +205,9 @@ def test_the_digest_is_that_of_the_work() -> None:
         {"sampling": Sampling(max_tokens=6)},
         {"sampling": Sampling(max_tokens=5, seed=1)},
         {"sampling": Sampling(max_tokens=5, stop=["."])},
+        {"sampling": Sampling(max_tokens=5, min_p=0.5)},
+        {"sampling": Sampling(max_tokens=5, presence_penalty=0.5)},
+        {"sampling": Sampling(max_tokens=5, frequency_penalty=0.5)},
         {"api": "chat"},
         {"stream": True},
     ],
@@ -214,6 +223,67 @@ def test_a_view_keeps_what_a_client_needs() -> None:
         assert view.resumable is resumable
         for name in ("api", "model", "version", "stream", "label", "created", "include_usage"):
             assert getattr(view, name) == getattr(REQUEST, name)
+
+
+# -- releases -------------------------------------------------------------------------------------
+
+LATER = {
+    "min_p": 0.5,
+    "presence_penalty": 1.0,
+    "frequency_penalty": -1.0,
+    "repetition_penalty": 1.1,
+}
+OLD = """
+import sys
+from shared import messages
+for line in sys.stdin:
+    try:
+        request = messages.decode(bytes.fromhex(line), messages.Request)
+        print(request.rid, request.sampling.temperature, request.digest())
+    except messages.DecodeError as error:
+        print(error)
+"""
+
+
+def request_of(**sampling: Any) -> Request:
+    chosen = Sampling(max_tokens=5, temperature=0.5, **sampling)
+    return msgspec.structs.replace(REQUEST, v=chosen.version, sampling=chosen)
+
+
+def test_an_old_worker_refuses_what_it_would_ignore_and_runs_the_rest(tmp_path: Path) -> None:
+    with tarfile.open(ROOT / "tests" / "chaos" / "release-0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    neutral = request_of(min_p=0.0, presence_penalty=0.0, repetition_penalty=1.0)
+    uses = [request_of(**{name: value}) for name, value in LATER.items()]
+    told = subprocess.run(
+        [sys.executable, "-c", OLD],
+        input="\n".join(encode(request).hex() for request in (neutral, *uses)),
+        env={"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout.splitlines()
+    # The digest is the old one's: a repeated Idempotency-Key attaches across an upgrade.
+    assert told[0].split() == ["r1", "0.5", neutral.digest()]
+    assert len(told) == 5
+    assert all("version 2" in line for line in told[1:])
+
+
+def test_a_request_has_the_version_that_its_sampling_needs() -> None:
+    assert request_of().v == VERSION
+    for name, value in LATER.items():
+        request = request_of(**{name: value})
+        assert request.v == 2
+        assert decode(encode(request), Request) == request
+        # What outlives it says nothing of its sampling: any gateway may relay it.
+        assert request.view(resumable=True).v == VERSION
+
+
+def test_later_fields_of_sampling_are_its_last_and_neutral() -> None:
+    fields = msgspec.structs.fields(Sampling)[-len(LATER) :]
+    assert [f.name for f in fields] == list(LATER)
+    assert Sampling(max_tokens=1).version == VERSION
 
 
 # -- log entries ----------------------------------------------------------------------------------

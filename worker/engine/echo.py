@@ -1,4 +1,7 @@
-"""The echo engine: deterministic letters at a set pace, for tests, chaos and benchmarks."""
+"""The echo engine: deterministic letters at a set pace, for tests, chaos and benchmarks.
+
+Its tokens come from the seed alone: there are no logits for other sampling parameters to change.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,7 @@ class EchoEngine:
             request = sequence.request
             token = echo_token(request.sampling.seed, request.choice, sequence.position)
             sequence.computed = len(sequence.tokens)
-            sequence.tokens.append(token)
+            sequence.append(token)
             output.tokens.append(token)
             output.prefilled = sequence.computed
             output.finish = sequence.ended(self.info)

@@ -17,6 +17,10 @@ Finish = Literal["stop", "length", "error"]
 class SamplingParams:
     """How the next token of one sequence is chosen.
 
+    In this order: repetition, frequency and presence penalty, temperature, min_p, top_k, top_p.
+    Each looks at what the one before it left. Tokens that an earlier owner generated count as
+    generated.
+
     Attributes:
         max_tokens: most tokens to generate, >= 1, counted from the end of the prompt.
         temperature: below 1e-5 is greedy; otherwise logits are divided by it, up to 2.
@@ -26,6 +30,11 @@ class SamplingParams:
             alone, so a sequence continues the same on another engine.
         stop_ids: token ids that end the sequence, beside the model's own end-of-sequence ids.
         ignore_eos: do not end at the model's own end-of-sequence ids.
+        min_p: keep tokens with at least this share of the largest probability, 0 .. 1.
+        presence_penalty: taken from the logits of tokens that were generated, -2 .. 2.
+        frequency_penalty: taken from a token's logit each time that it was generated, -2 .. 2.
+        repetition_penalty: logits of tokens of the prompt and of generated ones are divided by it
+            where they are positive, else multiplied; 0.01 .. 100, 1 changes nothing.
     """
 
     max_tokens: int
@@ -35,6 +44,15 @@ class SamplingParams:
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from worker.engine.interface import EngineInfo, EngineRequest, Finish
+
+if TYPE_CHECKING:
+    # It imports numpy, which the echo engine starts without.
+    from worker.engine.history import History
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +23,7 @@ class Sequence:
         tokens: prompt and generated ids.
         computed: leading tokens whose keys and values are in the cache.
         blocks: the cache's blocks that hold them, in order.
+        seen: what its penalties count; None where it has none.
     """
 
     request: EngineRequest
@@ -25,11 +31,18 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    seen: History | None = None
 
     @classmethod
-    def of(cls, request: EngineRequest, arrival: int) -> Sequence:
+    def of(cls, request: EngineRequest, arrival: int, seen: History | None = None) -> Sequence:
         """The sequence of a new request; `generated` is read again as if it were prompt."""
-        return cls(request, arrival, [*request.prompt, *request.generated])
+        return cls(request, arrival, [*request.prompt, *request.generated], seen=seen)
+
+    def append(self, token: int) -> None:
+        """Adds a token that was generated."""
+        self.tokens.append(token)
+        if self.seen is not None:
+            self.seen.add(token)
 
     @property
     def position(self) -> int:

@@ -16,6 +16,7 @@ from worker.engine import EngineError, EngineOptions
 from worker.engine.backend import Backend, Batch
 from worker.engine.backends import make_backend
 from worker.engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
+from worker.engine.history import History
 from worker.engine.interface import (
     EngineInfo,
     EngineRequest,
@@ -238,7 +239,7 @@ class TorchEngine:
         """
         known = self._ended if request.rid in self._ended else self._scheduler
         check_request(request, self.info, known)
-        sequence = Sequence.of(request, self._arrivals)
+        sequence = Sequence.of(request, self._arrivals, History.of(request))
         self._arrivals += 1
         if finish := sequence.ended(self.info):
             # An earlier owner generated all of it, and was gone before it could say so.
@@ -313,7 +314,10 @@ class TorchEngine:
         sampling = [work for work in works if work.samples]
         draws = [
             Draw(
-                work.sequence.request.sampling, work.sequence.request.choice, work.sequence.position
+                work.sequence.request.sampling,
+                work.sequence.request.choice,
+                work.sequence.position,
+                work.sequence.seen,
             )
             for work in sampling
         ]
@@ -357,7 +361,7 @@ class TorchEngine:
             output.finish, output.error = "error", result
             self._backend.clear(sequence.blocks)
         elif result is not None:
-            sequence.tokens.append(result)
+            sequence.append(result)
             output.tokens.append(result)
             output.finish = sequence.ended(self.info)
             self._stats.generated_tokens += 1
