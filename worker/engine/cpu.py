@@ -22,6 +22,9 @@ from worker.engine.sampler import Draw
 _KEY_UNIT: Final = 32
 """Keys are padded to a multiple of it: a whole tile."""
 
+_NO_IDS: Final = np.empty(0, np.int32)
+_NO_COUNTS: Final = np.empty(0, np.float32)
+
 
 class CpuBackend:
     """A dense decoder in compiled code.
@@ -175,19 +178,21 @@ def _step(batch: Batch) -> tuple[CStep, list[Any]]:
 def _draws(step: CStep, draws: Sequence[Draw]) -> list[Any]:
     """Points a structure to what decides its rows; returns what it points to."""
     sampling = [draw.sampling for draw in draws]
-    none = np.zeros(len(draws), np.float32)
+    seen = [draw.seen for draw in draws]
     arrays = {
         "temperature": np.array([s.temperature for s in sampling], np.float32),
         "top_p": np.array([s.top_p for s in sampling], np.float32),
-        "min_p": none,
-        "repetition": none + 1,
-        "presence": none,
-        "frequency": none,
+        "min_p": np.array([s.min_p for s in sampling], np.float32),
+        "repetition": np.array([s.repetition_penalty for s in sampling], np.float32),
+        "presence": np.array([s.presence_penalty for s in sampling], np.float32),
+        "frequency": np.array([s.frequency_penalty for s in sampling], np.float32),
         "top_k": np.array([s.top_k for s in sampling], np.int64),
         "seed": np.array([s.seed for s in sampling], np.int64),
         "choice": np.array([draw.choice for draw in draws], np.int64),
         "position": np.array([draw.position for draw in draws], np.int64),
-        "seen_start": np.zeros(len(draws) + 1, np.int64),
+        "seen_start": np.cumsum([0, *(len(s.ids) if s else 0 for s in seen)], dtype=np.int64),
+        "seen_ids": np.concatenate([_NO_IDS, *(s.ids for s in seen if s)]),
+        "seen_generated": np.concatenate([_NO_COUNTS, *(s.generated for s in seen if s)]),
     }
     for name, array in arrays.items():
         setattr(step, name, array.ctypes.data)

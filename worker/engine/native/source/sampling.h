@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <vector>
 
 #include "matrix.h"
@@ -70,11 +72,16 @@ class Sampler {
     };
 
     static void punish(float* logits, const Draw& draw) {
+        constexpr float MOST = std::numeric_limits<float>::max();
         for (int64_t i = 0; i < draw.seen.count; i++) {
             float& x = logits[draw.seen.ids[i]];
-            if (draw.repetition != 1) x = x > 0 ? x / draw.repetition : x * draw.repetition;
+            if (!std::isfinite(x)) continue;
+            float y = x > 0 ? x / draw.repetition : x * draw.repetition;
             const float times = draw.seen.generated[i];
-            if (times > 0) x -= draw.presence + draw.frequency * times;
+            y -= draw.frequency * times;
+            if (times > 0) y -= draw.presence;
+            // A finite logit stays one: a row that can be sampled from still can be.
+            x = std::clamp(y, -MOST, MOST);
         }
     }
 
