@@ -75,7 +75,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         if penalized := [i for i in greedy if draws[i].seen is not None]:
             changed = logits[torch.tensor(penalized, device=logits.device)].float()
             _penalize(changed, [draws[i] for i in penalized])
-            for i, found in zip(penalized, changed.argmax(-1).tolist(), strict=True):
+            for i, found in zip(penalized, changed.max(-1).indices.tolist(), strict=True):
                 tokens[i] = found
     if not random:
         return tokens
