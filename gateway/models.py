@@ -24,7 +24,11 @@ LOOK_S = 0.8
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model version that this gateway can serve."""
+    """A model version that this gateway can serve.
+
+    Attributes:
+        sampling: what its authors advise for requests that leave it out.
+    """
 
     name: str
     version: str
@@ -32,6 +36,7 @@ class ServedModel:
     vocab_size: int
     created: int
     tokenizer: PromptTokenizer
+    sampling: dict[str, float]
 
     @property
     def mv(self) -> str:
@@ -175,4 +180,5 @@ def _serve(name: str, version: str, data: bytes) -> ServedModel:
         card.vocab_size,
         card.created,
         PromptTokenizer(card),
+        card.sampling,
     )

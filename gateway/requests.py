@@ -54,6 +54,7 @@ class Order:
         api: the format of the answer: infer, infer_stream, chat, completions.
         prompt: text or token ids; or None and `chat` is a conversation.
         max_tokens: None: the default. max_tokens_param: what the client called it.
+        temperature, top_p, top_k, min_p, repetition_penalty: None: the model's default.
         seed: None: any. cls: the priority class. timeout_s: None: the longest.
     """
 
@@ -63,13 +64,13 @@ class Order:
     chat: list[dict[str, str]] = field(default_factory=list)
     max_tokens: int | None = None
     max_tokens_param: str = "max_tokens"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
@@ -95,19 +96,17 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: Stop | None = None
 
     def chosen(self) -> dict[str, Any]:
-        """The fields of an Order, but max_tokens; those left out keep their defaults."""
+        """The fields of an Order, but max_tokens."""
         return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
             "seed": self.seed,
             "stop": stop_list(self.stop),
-            "top_k": max(0, self.top_k or 0),
-            **given(
-                temperature=self.temperature,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                repetition_penalty=self.repetition_penalty,
-            ),
         }
 
 
@@ -141,11 +140,6 @@ class InferRequest(SamplingFields, kw_only=True):
             client_id=self.client_id,
             **self.chosen(),
         )
-
-
-def given(**values: Any) -> dict[str, Any]:
-    """Those that are not None, so that the others keep their defaults."""
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def stop_list(stop: str | list[str] | None) -> list[str]:

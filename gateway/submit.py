@@ -9,6 +9,7 @@ import hmac
 import secrets
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.edge import WITHDRAW_TRIES, Edge
 from gateway.errors import IdempotencyConflict, ModelNotReady, QueueFull, RateLimited
@@ -32,6 +33,14 @@ THREAD_FROM = 2048
 """Longer texts than this are tokenized in a thread."""
 MESSAGE_SIZE = 64
 """A message counts as so many characters beside its own."""
+_ADVISED = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""What a model may advise for requests that leave it out, and OpenAI's values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,7 @@ async def _submit(edge: Edge, order: Order, sender: Sender, limit: asyncio.Timeo
         if not edge.healthy:
             raise StoreUnavailable("no connection")
         rid = await _request_id(edge, sender)
-        request = _request(model, order, sender, rid, prompt, max_tokens)
+        request = _request(edge, model, order, sender, rid, prompt, max_tokens)
         ticket = await _Admission(edge, order, sender, request).run()
         if ticket is not None:
             return ticket
@@ -318,21 +327,33 @@ async def _request_id(edge: Edge, sender: Sender) -> str:
 
 
 def _request(
-    model: ServedModel, order: Order, sender: Sender, rid: str, prompt: list[int], max_tokens: int
+    edge: Edge,
+    model: ServedModel,
+    order: Order,
+    sender: Sender,
+    rid: str,
+    prompt: list[int],
+    max_tokens: int,
 ) -> messages.Request:
+    advised = model.sampling if edge.settings.generation_config == "auto" else {}
+    asked = {name: getattr(order, name) for name in _ADVISED}
+    chosen: dict[str, Any] = {
+        name: advised.get(name, _ADVISED[name]) if value is None else value
+        for name, value in asked.items()
+    }
     sampling = messages.Sampling(
         max_tokens=max_tokens,
-        temperature=order.temperature,
-        top_p=order.top_p,
-        top_k=order.top_k,
+        temperature=chosen["temperature"],
+        top_p=chosen["top_p"],
+        top_k=int(chosen["top_k"]),
         # From the id, so that a repeated Idempotency-Key means the same work.
         seed=int(rid[:16], 16) >> 1 if order.seed is None else order.seed,
         stop=order.stop,
         ignore_eos=order.ignore_eos,
-        min_p=order.min_p,
+        min_p=chosen["min_p"],
         presence_penalty=order.presence_penalty,
         frequency_penalty=order.frequency_penalty,
-        repetition_penalty=order.repetition_penalty,
+        repetition_penalty=chosen["repetition_penalty"],
     )
     return messages.Request(
         sampling.version,

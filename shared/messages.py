@@ -205,6 +205,7 @@ class ModelCard(Message, frozen=True):
         tokenizer: tokenizer.json as text. chat_template: Jinja source, or "" when there is none.
         context_length: most tokens of prompt and output together.
         bos_token, eos_token: as strings, for the template.
+        sampling: Sampling's fields that the model's authors advise; for requests without them.
     """
 
     model: str
@@ -217,6 +218,7 @@ class ModelCard(Message, frozen=True):
     eos_token: str = ""
     eos_ids: list[int] = []
     created: int = 0
+    sampling: dict[str, float] = {}
 
 
 M = TypeVar("M", bound=Message)

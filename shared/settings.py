@@ -202,6 +202,13 @@ class Settings:
     default_max_tokens: int = _setting(
         256, "max_tokens of a request that names none", _GATEWAY, low=1, high=1_000_000
     )
+    generation_config: str = _setting(
+        "auto",
+        "temperature, top_p, top_k, min_p and repetition_penalty of a request that names none: "
+        "auto = as the model's generation_config.json advises, else OpenAI's; openai = OpenAI's",
+        _GATEWAY,
+        choices=("auto", "openai"),
+    )
     requests_per_minute: int = _setting(
         0,
         "requests a minute for each caller; 0 = no limit. Without API keys a caller is "

@@ -44,7 +44,12 @@ async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.005)
 
 
-def model_card(name: str = "echo", context: int = CONTEXT, template: str | None = None) -> Any:
+def model_card(
+    name: str = "echo",
+    context: int = CONTEXT,
+    template: str | None = None,
+    sampling: dict[str, float] | None = None,
+) -> Any:
     files = byte_files("echo", context)
     return messages.ModelCard(
         messages.VERSION,
@@ -58,6 +63,7 @@ def model_card(name: str = "echo", context: int = CONTEXT, template: str | None 
         files.eos_token,
         list(files.eos_ids),
         1_700_000_000,
+        sampling or {},
     )
 
 

@@ -105,6 +105,7 @@ class Worker:
             eos_token=files.eos_token,
             eos_ids=list(files.eos_ids),
             created=int(time.time()),
+            sampling=dict(files.sampling),
         )
         self._mv = keys.model_version(model, files.version)
         self._vocabulary = Vocabulary(Tokenizer.from_str(files.tokenizer_json))

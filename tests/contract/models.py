@@ -109,8 +109,8 @@ class Expected:
                 return
 
 
-def expected(model: Any, prompt: list[int], count: int) -> Expected:
-    """What transformers generates for a prompt alone."""
+def expected(model: Any, prompt: list[int], count: int, **more: Any) -> Expected:
+    """What transformers generates for a prompt alone; `more` are its own options."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids,
@@ -119,8 +119,9 @@ def expected(model: Any, prompt: list[int], count: int) -> Expected:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        output_logits=True,
+        output_scores=True,
         return_dict_in_generate=True,
+        **more,
     )
-    best = torch.stack(output.logits, 1)[0].topk(2, -1).values
+    best = torch.stack(output.scores, 1)[0].topk(2, -1).values
     return Expected(output.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist())

@@ -94,7 +94,32 @@ def test_greedy_output_is_that_of_transformers(family: str) -> None:
     assert roomy.stats().preemptions == chunked.stats().preemptions == 0
 
 
-@pytest.mark.parametrize("sampling", [greedy(30), SamplingParams(30, 0.9, 0.9, 20, seed=7)])
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    model = tiny_model("llama")
+    texts = prompts(4)
+    sampling = SamplingParams(24, 0, ignore_eos=True, repetition_penalty=1.6)
+    plain = [expected(model, prompt, 24).tokens for prompt in texts]
+    right = [expected(model, prompt, 24, repetition_penalty=1.6) for prompt in texts]
+    assert [one.tokens for one in right] != plain
+    requests = [EngineRequest(str(i), p, sampling) for i, p in enumerate(texts)]
+    # Short of blocks, so that some are computed again after they gave way.
+    engine = engine_of(model, blocks=13, step_rows=40)
+    got = run(engine, requests, 1)
+    assert engine.stats().preemptions > 0
+    for i, one in enumerate(right):
+        assert len(got[str(i)]) == 24
+        one.check(got[str(i)])
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        greedy(30),
+        SamplingParams(30, 0.9, 0.9, 20, seed=7),
+        SamplingParams(30, 0.9, 0.9, seed=7, min_p=0.1, frequency_penalty=0.4),
+        SamplingParams(30, 0, repetition_penalty=1.3, presence_penalty=-0.5, ignore_eos=True),
+    ],
+)
 def test_another_engine_goes_on_where_one_stopped(sampling: SamplingParams) -> None:
     model = tiny_model("llama")
     prompt = prompts(2)[5]

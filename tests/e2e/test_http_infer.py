@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from gateway_site import Site, letters, open_site, until
+from gateway_site import Site, letters, model_card, open_site, until
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 8, "seed": 5}
 
@@ -93,6 +93,29 @@ async def test_the_worker_gets_what_was_ordered(site: Site) -> None:
     assert request.v == 2
     await site.post("/infer", BODY)
     assert site.worker.seen[-1].v == 1
+
+
+@pytest.mark.parametrize("whose", ["auto", "openai"])
+async def test_what_a_request_leaves_out_is_as_the_models_authors_advise(
+    redis_url: str, whose: str
+) -> None:
+    advice = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    async with open_site(
+        redis_url, card=model_card(sampling=advice), generation_config=whose
+    ) as site:
+
+        async def sampling_of(**fields: Any) -> dict[str, Any]:
+            status, *_ = await site.post("/infer", {**BODY, **fields})
+            assert status == 200
+            return {name: getattr(site.worker.seen[-1].sampling, name) for name in advice}
+
+        expected = advice if whose == "auto" else neutral
+        assert await sampling_of() == expected
+        assert await sampling_of(temperature=None, top_k=None) == expected
+        assert await sampling_of(**neutral) == neutral
+        assert await sampling_of(**{**neutral, "top_k": -1}) == neutral
+        assert await sampling_of(top_p=0.5) == {**expected, "top_p": 0.5}
 
 
 async def test_without_max_tokens_the_default_is_cut_to_the_context(site: Site) -> None:

@@ -99,8 +99,11 @@ async def test_extensions(site: Site, client: openai.AsyncOpenAI) -> None:
         presence_penalty=1.5,
         frequency_penalty=-0.5,
         extra_body={
-            **{"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
-            **{"ignore_eos": True, "timeout_s": 30},
+            "top_k": 5,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "ignore_eos": True,
+            "timeout_s": 30,
         },
     )
     sampling = site.worker.seen[-1].sampling

@@ -251,7 +251,11 @@ def test_defaults_and_null_mean_the_same() -> None:
     nothing = {"max_tokens": None, "temperature": None, "seed": None, "stop": None, "top_p": None}
     assert infer(INFER) == infer({**INFER, **nothing})
     order = infer(INFER)
-    assert (order.temperature, order.top_p, order.top_k, order.cls) == (1.0, 1.0, 0, "normal")
+    assert order.cls == "normal"
+    # The model's, which a body does not know.
+    assert {order.temperature, order.top_p, order.top_k, order.min_p} == {None}
+    assert order.repetition_penalty is None
+    assert infer({**INFER, "top_k": -1}).top_k == 0
     assert order.seed is None
     assert order.max_tokens is None
 

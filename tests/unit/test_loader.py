@@ -169,6 +169,8 @@ def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
 
     tiny_model("llama", vocab_size=257, eos_token_id=[3, 4]).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    generation = tmp_path / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "top_k": 20}))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_TOKEN,
@@ -184,8 +186,43 @@ def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
     assert (got.files.bos_token, got.files.eos_token) == ("", END_TOKEN)
     assert got.files.chat_template == CHAT_TEMPLATE
     assert (got.files.context_length, got.files.vocab_size) == (256, 257)
+    assert got.files.sampling == {"top_k": 20}
     assert json.loads(got.files.tokenizer_json)["model"]["type"] == "BPE"
     assert told[-1] == ("loading weights", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "advice", "refused"),
+    [
+        (None, {}, ()),
+        ({"eos_token_id": 2, "do_sample": True, "temperature": None}, {}, ()),
+        (
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+            (),
+        ),
+        ({"temperature": 0, "min_p": 0.1}, {"temperature": 0, "min_p": 0.1}, ()),
+        (
+            {"temperature": -1, "top_p": 0, "top_k": 1.5, "min_p": "x", "repetition_penalty": True},
+            {},
+            ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+        ),
+    ],
+    ids=["no file", "no advice", "qwen", "more", "bad"],
+)
+def test_the_sampling_that_a_models_authors_advise(
+    said: Any,
+    advice: dict[str, float],
+    refused: tuple[str, ...],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if said is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert loader._advice(tmp_path) == advice
+    assert len(caplog.records) == len(refused)
+    for record, name in zip(caplog.records, refused, strict=True):
+        assert f"{name} is ignored" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -100,6 +100,8 @@ class ModelFiles:
         eos_ids: ids that end an answer.
         bos_token, eos_token: for the template; "" for a model without them.
         vocab_size: rows of the model's logits; ids are in [0, vocab_size).
+        sampling: what the model's authors advise for requests that leave it out; some of
+            temperature, top_p, top_k, min_p and repetition_penalty, as in SamplingParams.
     """
 
     version: str
@@ -110,6 +112,7 @@ class ModelFiles:
     bos_token: str
     eos_token: str
     vocab_size: int
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 def resolve(name: str) -> Callable[[EngineOptions], Any]:

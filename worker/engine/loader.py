@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -29,12 +30,24 @@ _OTHERS: Final = ("*.json", "*.jinja", "*.model", "*.txt")
 _SAMPLE: Final = 64 << 10
 """Bytes at the head, in the middle and at the tail of weights that stand for all of them."""
 
+_ADVISABLE: Final = {
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+"""Sampling that a model's generation_config.json may advise, and the values that are served."""
+
 _END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Ends of an answer that files converted by others often fail to name as such."""
 
 
 class ModelLoadError(EngineError):
     """A model cannot be loaded or would not be computed rightly; the message says why."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +244,33 @@ def _files(folder: Path, model: Any) -> ModelFiles:
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         vocab_size=int(config.vocab_size),
+        sampling=_advice(folder),
     )
+
+
+def _advice(folder: Path) -> dict[str, float]:
+    """The sampling of generation_config.json, as far as an engine can do it.
+
+    From the file: transformers' object also has values that the model's authors never named.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    said = json.loads(path.read_text())
+    found: dict[str, float] = {}
+    for name, (low, high) in _ADVISABLE.items():
+        value = said.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            good = False
+        else:
+            good = low <= value <= high and (name != "top_k" or value == int(value))
+        if good:
+            found[name] = value
+        else:
+            log.warning(f"{path}: {name} is ignored, {value!r} is not from {low:g} to {high:g}")
+    return found
 
 
 def _eos_ids(model: Any, tokenizer: Any, template: str | None) -> tuple[int, ...]:

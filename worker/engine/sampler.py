@@ -75,7 +75,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         if penalized := [i for i in greedy if draws[i].seen is not None]:
             changed = logits[torch.tensor(penalized, device=logits.device)].float()
             _penalize(changed, [draws[i] for i in penalized])
-            for i, found in zip(penalized, changed.argmax(-1).tolist(), strict=True):
+            for i, found in zip(penalized, changed.max(-1).indices.tolist(), strict=True):
                 tokens[i] = found
     if not random:
         return tokens
@@ -129,7 +129,7 @@ class _Rows:
         scaled = logits.new_full((len(chosen), stripes * _STRIPE), -torch.inf, dtype=torch.float32)
         inner = scaled[:, : logits.shape[1]]
         inner.copy_(logits)
-        _penalize(inner, picked)
+        _penalize(scaled, picked)
         # The largest is taken away first: a tiny temperature then overflows to -inf only.
         inner.sub_(inner.amax(-1, keepdim=True)).div_(heat[:, None])
         weights = scaled.exp_().view(len(chosen), stripes, _STRIPE)
@@ -219,7 +219,7 @@ def _penalize(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
     """Changes, in place, the logits of the tokens that penalized rows have seen.
 
     Args:
-        logits: float32 [rows, vocabulary].
+        logits: float32 [rows, vocabulary, or more], contiguous.
         draws: one a row.
     """
     # (row, its history, its parameters)
@@ -233,18 +233,20 @@ def _penalize(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
         repeated = np.repeat(np.array(values, kind), sizes)
         return torch.from_numpy(repeated).to(logits.device)
 
-    rows = spread([i for i, _, _ in found], np.int64)
-    ids = torch.from_numpy(np.concatenate([seen.ids for _, seen, _ in found])).to(rows)
+    # One number for row and column: a gather by two takes several times as long.
+    place = spread([i * logits.shape[1] for i, _, _ in found], np.int64)
+    place += torch.from_numpy(np.concatenate([seen.ids for _, seen, _ in found])).to(place)
+    flat = logits.view(-1)
     counts = torch.from_numpy(np.concatenate([seen.generated for _, seen, _ in found]))
     counts = counts.to(logits.device)
     repetition = spread([s.repetition_penalty for *_, s in found], np.float32)
-    old = logits[rows, ids]
+    old = flat.index_select(0, place)
     new = torch.where(old > 0, old / repetition, old * repetition)
     new -= spread([s.frequency_penalty for *_, s in found], np.float32) * counts
     new -= spread([s.presence_penalty for *_, s in found], np.float32) * (counts > 0)
     # A finite logit stays one: a row that can be sampled from still can be.
     most = torch.finfo(torch.float32).max
-    logits[rows, ids] = torch.where(old.isfinite(), new.clamp(-most, most), old)
+    flat.scatter_(0, place, torch.where(old.isfinite(), new.clamp(-most, most), old))
 
 
 def _most_likely(weights: torch.Tensor, amounts: torch.Tensor, goal: float) -> torch.Tensor:
