@@ -113,7 +113,9 @@ class TorchEngine:
         # A full batch that generates must leave room in the step for prompts.
         rows = max(step_rows, options.max_batch_size + step_rows // 2)
         self._scheduler = Scheduler(
-            BlockPool(self._backend.block_count), options.max_batch_size, rows
+            BlockPool(self._backend.block_count, caching=options.prefix_cache),
+            options.max_batch_size,
+            rows,
         )
         self._lease_s = options.lease_ms / 1000
         self._progress = options.progress
@@ -139,7 +141,8 @@ class TorchEngine:
             ) from error
         self._progress("warming up", 1.0)
         self._stats = EngineStats()
-        self._scheduler.preemptions = 0
+        self._scheduler.forget_counts()
+        self._scheduler.pool.forget_all()
 
     def _fit_steps(self) -> None:
         """Chooses how many rows a step has at most, so that none comes near the lease.
@@ -267,10 +270,15 @@ class TorchEngine:
         self._stats.steps += 1
         # Sequences of about the same length, side by side, cost the attention least.
         works.sort(key=lambda work: (work.count > 1, work.first))
+        began = time.perf_counter()
         try:
             results = self._run(works)
         except Exception as error:
             results = self._run_apart(works, error)
+        else:
+            single = sum(work.count == 1 for work in works)
+            rows = sum(work.count for work in works) - single
+            self._scheduler.pace.observe(single, rows, time.perf_counter() - began)
         return outputs + [
             self._advance(work, result) for work, result in zip(works, results, strict=True)
         ]
@@ -284,6 +292,8 @@ class TorchEngine:
             waiting=len(scheduler.waiting),
             kv_usage=1 - scheduler.pool.free / scheduler.pool.count,
             preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.queried,
+            prefix_hits=scheduler.hits,
         )
 
     def close(self) -> None:
@@ -356,8 +366,9 @@ class TorchEngine:
         output = StepOutput(sequence.request.rid, [], min(sequence.computed, known))
         if isinstance(result, str):
             output.finish, output.error = "error", result
-            self._backend.clear(sequence.blocks)
+            self._backend.clear(self._scheduler.pool.forget(sequence.blocks))
         elif result is not None:
+            self._scheduler.publish(sequence)
             sequence.tokens.append(result)
             output.tokens.append(result)
             output.finish = sequence.ended(self.info)
