@@ -92,7 +92,8 @@ class BlockPool:
         """Makes a full block findable; the holder takes the one of equal content if there is one.
 
         Args:
-            held: by whom. place: of the block in it; those before are published.
+            held: by whom.
+            place: of the block in it; those before are published.
             digest: of the content, which nobody writes again.
         """
         block = held[place]

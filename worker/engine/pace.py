@@ -23,10 +23,7 @@ _LEAST: Final = 32
 _GRAIN: Final = 16
 """Pieces are multiples of it: no step gets a shape of its own for every jitter of the clock."""
 
-_FASTER_WEIGHT: Final = 0.3
-_SLOWER_WEIGHT: Final = 0.1
-"""Of a step that only generates: the first ones are slow, and too short a time stalls nobody."""
-
+_DECODE_WEIGHT: Final = 0.1
 _ROW_WEIGHT: Final = 0.25
 _FULL_PIECE: Final = 256
 """From so many rows on a step tells all it can about the cost of one."""
@@ -55,8 +52,10 @@ class Pace:
         if rows == 0:
             size = generating.bit_length()
             known = self._decode_s.get(size)
-            weight = _FASTER_WEIGHT if known is None or seconds < known else _SLOWER_WEIGHT
-            self._decode_s[size] = _mixed(known, seconds, weight)
+            if known is None or seconds < known / _CREDIBLE:
+                # The first steps are slow.
+                known = seconds
+            self._decode_s[size] = _mixed(known, seconds, _DECODE_WEIGHT)
             return
         row_s = max(0.0, seconds - (self._decode(generating) or 0.0)) / rows
         weight = _ROW_WEIGHT * min(1.0, rows / _FULL_PIECE)

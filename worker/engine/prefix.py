@@ -51,7 +51,8 @@ class PrefixIndex:
         """Names a block's content.
 
         Args:
-            block: not named yet. digest: that no block has.
+            block: not named yet.
+            digest: that no block has.
             parent: the block before, which is named, or -1.
         """
         self._blocks[digest] = block

@@ -44,7 +44,7 @@ class ReferenceBackend:
         Args:
             model: a causal language model of transformers; its attention is replaced.
             device: where it runs.
-            size: from the bytes of one block (16 tokens) to how many blocks are wanted; it gets
+            size: from the bytes of one block to how many blocks are wanted; it gets
                 LEAST_BLOCKS if that is more. Called when the weights are where they stay.
 
         Raises:

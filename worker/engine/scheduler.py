@@ -148,7 +148,8 @@ class Scheduler:
 
     def _decode(self, step: _Step) -> list[Sequence]:
         """Gives each that generates its row; returns those that still read their prompts."""
-        ready, reading = [], []
+        ready: list[Sequence] = []
+        reading: list[Sequence] = []
         for sequence in self.running.values():
             is_ready = len(sequence.tokens) - sequence.computed == 1
             (ready if is_ready else reading).append(sequence)
