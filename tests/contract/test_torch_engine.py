@@ -82,14 +82,14 @@ def test_greedy_output_is_that_of_transformers(family: str) -> None:
     right = [expected(model, prompt, 24) for prompt in texts]
     variety = sum(len(set(one.tokens)) for one in right) / len(right)
     assert variety > 5, "a model that repeats itself proves little"
-    requests = [EngineRequest(str(i), p, greedy(24)) for i, p in enumerate(texts)]
-    # Roomy; in small pieces and joining at different steps; short of blocks.
+    # The later the more urgent.
+    requests = [
+        EngineRequest(str(i), p, greedy(24), priority=2 - i // 3) for i, p in enumerate(texts)
+    ]
+    # Roomy; in small pieces and joining at different steps; short of places and blocks.
     roomy = engine_of(model)
-    chunked = engine_of(model, batch=5, step_rows=14)
-    # Room for less than half of all that there is at the end.
-    short = engine_of(
-        model, blocks=sum(blocks_for(len(p) + 24) for p in texts) // 2 - 3, step_rows=40
-    )
+    chunked = engine_of(model, batch=8, step_rows=14)
+    short = engine_of(model, batch=3, blocks=blocks_for(208), step_rows=40)
     for engine, every in ((roomy, 0), (chunked, 3), (short, 1)):
         got = run(engine, requests, every)
         for i, one in enumerate(right):
