@@ -79,10 +79,17 @@ def test_a_step_that_was_held_up_changes_little() -> None:
 def test_a_first_slow_step_is_forgotten_soon() -> None:
     pace = Pace()
     pace.observe(8, 0, 1.0)
-    for _ in range(12):
+    for _ in range(20):
         pace.observe(8, 0, 0.04)
     pace.observe(0, 256, 0.04 + 256 * 0.0003)
     assert pace.rows(8, BUDGET) <= 1.5 * warm(0.04, 0.0003).rows(8, BUDGET)
+
+
+def test_rows_that_were_measured_on_a_busy_machine_are_forgotten_soon() -> None:
+    pace = warm(0.04, 0.003)
+    assert pace.rows(8, BUDGET) == 32
+    simulate(pace, 0.04, 0.0003, 30)
+    assert pace.rows(8, BUDGET) >= 64
 
 
 def test_the_nearest_size_stands_for_one_that_was_not_seen() -> None:

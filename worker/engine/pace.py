@@ -24,8 +24,11 @@ _GRAIN: Final = 16
 """Pieces are multiples of it: no step gets a shape of its own for every jitter of the clock."""
 
 _DECODE_WEIGHT: Final = 0.1
+_MUCH_FASTER_WEIGHT: Final = 0.5
+"""Of a step that only generates. The first ones are slow, or another process went away."""
+
 _ROW_WEIGHT: Final = 0.25
-_FULL_PIECE: Final = 256
+_FULL_PIECE: Final = 64
 """From so many rows on a step tells all it can about the cost of one."""
 
 _CREDIBLE: Final = 2.0
@@ -52,10 +55,9 @@ class Pace:
         if rows == 0:
             size = generating.bit_length()
             known = self._decode_s.get(size)
-            if known is None or seconds < known / _CREDIBLE:
-                # The first steps are slow.
-                known = seconds
-            self._decode_s[size] = _mixed(known, seconds, _DECODE_WEIGHT)
+            is_much_faster = known is not None and seconds < known / _CREDIBLE
+            weight = _MUCH_FASTER_WEIGHT if is_much_faster else _DECODE_WEIGHT
+            self._decode_s[size] = _mixed(known, seconds, weight)
             return
         row_s = max(0.0, seconds - (self._decode(generating) or 0.0)) / rows
         weight = _ROW_WEIGHT * min(1.0, rows / _FULL_PIECE)
