@@ -12,6 +12,8 @@ from shared.errors import DecodeError
 from shared.store import ENGINE_TTL_MS, Store, unavailable
 
 _RATE_WINDOW_S = 30.0
+_MOST_REMEMBERED = 1024
+"""Engines of one version whose counters are remembered, for those that come back."""
 
 _Row = tuple[list[list[bytes | None]], list[tuple[bytes, float]], dict[bytes, bytes]]
 """Replies for a version: counts of each class, engines with their heartbeats, cards."""
@@ -30,10 +32,18 @@ class QueueCount:
 
 @dataclass(frozen=True, slots=True)
 class VersionCount:
-    """What is known of one model version."""
+    """What is known of one model version.
+
+    Attributes:
+        queues: by class. engines: that live.
+        prefix_queries, prefix_hits: tokens looked for and found in the prefix caches, of all
+            engines since this gateway saw them first: never less than before.
+    """
 
     queues: dict[str, QueueCount] = field(default_factory=dict)
     engines: list[messages.EngineCard] = field(default_factory=list)
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -43,6 +53,26 @@ class VersionCount:
         return sum(engine.kv_usage for engine in self.engines) / len(self.engines)
 
 
+class Tally:
+    """Sums of the engines' counters that do not fall when an engine is gone, as counters must."""
+
+    def __init__(self) -> None:
+        """Nothing is counted yet."""
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._known: dict[str, tuple[int, int]] = {}
+
+    def count(self, engines: Sequence[messages.EngineCard]) -> None:
+        """Adds what the engines' counters have grown by."""
+        for engine in engines:
+            queries, hits = self._known.pop(engine.engine, (0, 0))
+            self.prefix_queries += max(0, engine.prefix_queries - queries)
+            self.prefix_hits += max(0, engine.prefix_hits - hits)
+            self._known[engine.engine] = (engine.prefix_queries, engine.prefix_hits)
+        while len(self._known) > max(_MOST_REMEMBERED, len(engines)):
+            del self._known[next(iter(self._known))]
+
+
 class Census:
     """The latest counts, and how fast each queue has moved of late."""
 
@@ -50,6 +80,7 @@ class Census:
         self._store = store
         self._versions: dict[str, VersionCount] = {}
         self._heads: dict[tuple[str, str], deque[tuple[float, int]]] = {}
+        self._tallies: dict[str, Tally] = {}
 
     def of(self, mv: str) -> VersionCount:
         """The latest counts of a model version."""
@@ -81,13 +112,19 @@ class Census:
         )
         self._versions = {}
         self._heads = {queue: heads for queue, heads in self._heads.items() if queue[0] in mvs}
+        self._tallies = {mv: self._tallies.get(mv) or Tally() for mv in mvs}
         for mv, (counts, scores, cards) in zip(mvs, rows, strict=True):
             queues = {
                 cls: _read_count(count, oldest.get((mv, cls), 0.0))
                 for cls, count in zip(keys.CLASSES, counts, strict=True)
             }
             live = [name for name, score in scores if score > now_s * 1000 - ENGINE_TTL_MS]
-            self._versions[mv] = VersionCount(queues, _read_cards(live, cards))
+            engines = _read_cards(live, cards)
+            tally = self._tallies[mv]
+            tally.count(engines)
+            self._versions[mv] = VersionCount(
+                queues, engines, tally.prefix_queries, tally.prefix_hits
+            )
             self._note_heads(mv, queues)
 
     async def _read(self, mvs: Sequence[str]) -> tuple[list[_Row], float]:

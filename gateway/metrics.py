@@ -243,6 +243,21 @@ class Metrics(Collector):
             for reason, count in series.ended.items():
                 success.add_metric((*key, reason), count)
         yield from (prompt, generated, success, limited)
+        queries = CounterMetricFamily(
+            "rts_prefix_cache_queries",
+            "Tokens looked for in the engines' prefix caches.",
+            labels=("model_name",),
+        )
+        hits = CounterMetricFamily(
+            "rts_prefix_cache_hits",
+            "Tokens found in the engines' prefix caches.",
+            labels=("model_name",),
+        )
+        for model in self._models.served()[:MOST_SERIES]:
+            version = self._census.of(model.mv)
+            queries.add_metric((model.name,), version.prefix_queries)
+            hits.add_metric((model.name,), version.prefix_hits)
+        yield from (queries, hits)
         yield CounterMetricFamily(
             "rts_stream_gaps", "Messages that were lost and read from a log.", value=self._hub.gaps
         )

@@ -177,7 +177,12 @@ class End(Message, frozen=True):
 
 
 class EngineCard(Message, frozen=True):
-    """What a live engine says of itself each second."""
+    """What a live engine says of itself each second.
+
+    Attributes:
+        prefix_queries, prefix_hits: tokens looked for and found in its prefix cache; an engine of
+            an older release tells 0. The others are fields of the engine's info and stats.
+    """
 
     engine: str
     kind: str
@@ -196,6 +201,8 @@ class EngineCard(Message, frozen=True):
     generated_tokens: int = 0
     preemptions: int = 0
     program: str = ""
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class ModelCard(Message, frozen=True):

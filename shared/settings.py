@@ -143,6 +143,12 @@ class Settings:
         low=0,
         high=1024,
     )
+    prefix_cache: bool = _setting(
+        True,
+        "requests share the KV cache of what their beginnings have in common, across callers: how "
+        "soon a first token comes can tell that somebody sent the same beginning before",
+        _WORKER,
+    )
     queue_limit: int = _setting(
         1000,
         "most requests waiting for one model in one priority",

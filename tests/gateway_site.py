@@ -186,6 +186,8 @@ class FakeWorker:
             0.25,
             False,
             time.time(),
+            prefix_queries=80,
+            prefix_hits=64,
         )
         await self.store.heartbeat(self.card.model, self.card.version, self.engine, card)
 

@@ -66,6 +66,7 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
             echo_step_ms=settings.echo_step_ms,
             kv_cache_mb=settings.kv_cache_mb,
             threads=settings.threads,
+            prefix_cache=settings.prefix_cache,
             data_dir=settings.data_dir,
             progress=ProgressLog(),
         )
@@ -179,6 +180,8 @@ class Worker:
             prompt_tokens=stats.prompt_tokens,
             generated_tokens=stats.generated_tokens,
             preemptions=stats.preemptions,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
         )
 
     async def _announce(self, heard: asyncio.Event) -> None:

@@ -457,6 +457,7 @@ def test_a_missing_package_is_told_with_what_to_install(monkeypatch: pytest.Monk
         ("echo_step_ms", float("nan")),
         ("kv_cache_mb", -1),
         ("threads", -2),
+        ("prefix_cache", 2),
     ],
 )
 def test_bad_options_are_named(field: str, value: Any) -> None:

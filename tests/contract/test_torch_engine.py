@@ -19,13 +19,15 @@ from worker.engine import (  # noqa: E402
     create_engine,
     torch_engine,
 )
+from worker.engine.blocks import BLOCK_SIZE, blocks_for  # noqa: E402
 from worker.engine.interface import EngineRequest, SamplingParams  # noqa: E402
 from worker.engine.loader import ModelLoadError  # noqa: E402
+from worker.engine.reference import LEAST_BLOCKS  # noqa: E402
 from worker.engine.torch_engine import TorchEngine  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-LENGTHS = (1, 3, 16, 17, 33, 60, 90, 5)
+LENGTHS = (1, 3, BLOCK_SIZE, BLOCK_SIZE + 1, 33, 60, 90, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +82,14 @@ def test_greedy_output_is_that_of_transformers(family: str) -> None:
     right = [expected(model, prompt, 24) for prompt in texts]
     variety = sum(len(set(one.tokens)) for one in right) / len(right)
     assert variety > 5, "a model that repeats itself proves little"
-    requests = [EngineRequest(str(i), p, greedy(24)) for i, p in enumerate(texts)]
-    # Roomy; in small pieces and joining at different steps; short of blocks.
+    # The later the more urgent.
+    requests = [
+        EngineRequest(str(i), p, greedy(24), priority=2 - i // 3) for i, p in enumerate(texts)
+    ]
+    # Roomy; in small pieces and joining at different steps; short of places and blocks.
     roomy = engine_of(model)
-    chunked = engine_of(model, batch=5, step_rows=14)
-    short = engine_of(model, blocks=13, step_rows=40)
+    chunked = engine_of(model, batch=8, step_rows=14)
+    short = engine_of(model, batch=3, blocks=blocks_for(208), step_rows=40)
     for engine, every in ((roomy, 0), (chunked, 3), (short, 1)):
         got = run(engine, requests, every)
         for i, one in enumerate(right):
@@ -92,6 +97,120 @@ def test_greedy_output_is_that_of_transformers(family: str) -> None:
             one.check(got[str(i)])
     assert short.stats().preemptions > 0
     assert roomy.stats().preemptions == chunked.stats().preemptions == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_beginnings_change_no_token(family: str, seed: int) -> None:
+    """Random batches of texts that begin alike, memory, pieces, priorities and those that leave."""
+    model, source = tiny_model(family), random.Random(seed)
+    system = prompts(20 + seed, VOCAB, (source.randrange(40, 100),))[0]
+    texts = [
+        system[: source.randrange(2, len(system))]
+        + prompts(100 * seed + i, VOCAB, (source.randrange(1, 20),))[0]
+        for i in range(10)
+    ]
+    # Asked again, and answered: what was generated is part of a prompt, too.
+    right = [expected(model, text, 20) for text in texts]
+    texts += [texts[0], texts[1] + right[1].tokens + [5]]
+    right += [right[0], expected(model, texts[11], 20)]
+    engine = engine_of(
+        model,
+        batch=source.choice((2, 4, 8)),
+        step_rows=source.choice((9, 30, 256)),
+        blocks=blocks_for(source.choice((260, 400, 2000))),
+    )
+    requests = [
+        EngineRequest(str(i), text, greedy(20), priority=source.randrange(3))
+        for i, text in enumerate(texts[:10])
+    ]
+    got = run(engine, requests, every=source.randrange(3))
+    for i in (10, 11):
+        engine.add(EngineRequest(f"leaves {i}", texts[i][:-1], greedy(20)))
+        engine.step()
+        engine.abort(f"leaves {i}")
+    known = right[0].tokens[:7]
+    got |= run(
+        engine,
+        [
+            EngineRequest("10", texts[10], greedy(20)),
+            EngineRequest("11", texts[11], greedy(20)),
+            # Taken over, and at the end of what its earlier owner did.
+            EngineRequest("taken", texts[0], greedy(20), generated=known),
+        ],
+    )
+    for i, one in enumerate(right):
+        assert len(got[str(i)]) == 20
+        one.check(got[str(i)])
+    assert len(got["taken"]) == 13
+    right[0].check(known + got["taken"])
+    stats = engine.stats()
+    assert stats.prefix_queries == sum(map(len, texts)) + len(texts[0]) + 7 + sum(
+        len(texts[i]) - 1 for i in (10, 11)
+    )
+    assert 0 < stats.prefix_hits < stats.prefix_queries
+    assert stats.kv_usage == 0
+
+
+def test_without_the_prefix_cache_everything_is_computed() -> None:
+    model = tiny_model("llama")
+    options = EngineOptions(max_batch_size=2, threads=1, prefix_cache=False)
+    engine = TorchEngine(options, loaded=loaded(copy.deepcopy(model)))
+    prompt = prompts(1)[6]
+    right = expected(model, prompt, 5)
+    for _ in range(2):
+        right.check(run(engine, [EngineRequest("a", prompt, greedy(5))])["a"])
+    stats = engine.stats()
+    assert (stats.prefix_queries, stats.prefix_hits, stats.prompt_tokens) == (0, 0, 180)
+
+
+def test_a_preempted_sequence_finds_what_it_had_computed() -> None:
+    model = tiny_model("llama")
+    low, high = prompts(7, VOCAB, (80, 80))
+    engine = engine_of(model, batch=1, blocks=blocks_for(2 * 100) + 2)
+    engine.add(EngineRequest("low", low, greedy(20), priority=2))
+    tokens = {"low": [token for output in engine.step() for token in output.tokens], "high": []}
+    engine.add(EngineRequest("high", high, greedy(20), priority=0))
+    while outputs := engine.step():
+        for output in outputs:
+            tokens[output.rid] += output.tokens
+        engine.check_integrity()
+    stats = engine.stats()
+    assert (stats.preemptions, stats.prefix_hits) == (1, 0)
+    assert stats.prompt_tokens == 160 + 80 % BLOCK_SIZE
+    expected(model, low, 20).check(tokens["low"])
+    expected(model, high, 20).check(tokens["high"])
+
+
+def test_what_was_found_is_no_progress_until_a_step_was_survived() -> None:
+    model = tiny_model("llama")
+    texts = prompts(6, VOCAB - 10, (3 * BLOCK_SIZE,))
+    poison = VOCAB - 1
+    engine = engine_of(model, step_rows=BLOCK_SIZE + 12)
+    run(engine, [EngineRequest("first", texts[0], greedy(2))])
+    again = [*texts[0], *[4] * BLOCK_SIZE]
+    engine.add(EngineRequest("again", again, greedy(2)))
+    # The last row that is told was computed in this step.
+    outputs = engine.step()
+    assert [(output.prefilled, output.tokens != []) for output in outputs] == [(len(again), True)]
+    assert engine.stats().prefix_hits == len(texts[0])
+    engine.abort("again")
+    engine._backend = Poisoned(engine._backend, poison)
+    engine.add(EngineRequest("kills", [*texts[0], poison], greedy(2)))
+    [killed] = engine.step()
+    assert (killed.finish, killed.tokens) == ("error", [])
+    # Of the failed nothing is found, and what it had found is computed again.
+    hits = engine.stats().prefix_hits
+    run(engine, [EngineRequest("after", texts[0], greedy(2))])
+    assert engine.stats().prefix_hits == hits
+
+
+def test_warming_up_leaves_nothing_to_be_found() -> None:
+    engine = engine_of(tiny_model("llama"))
+    engine.warm_up()
+    assert (engine.stats().prefix_queries, engine.stats().prefix_hits) == (0, 0)
+    run(engine, [EngineRequest("a", [0] * 4 * BLOCK_SIZE, greedy(1))])
+    assert engine.stats().prefix_hits == 0
 
 
 def test_the_repetition_penalty_is_that_of_transformers() -> None:
@@ -145,7 +264,8 @@ def test_another_engine_goes_on_where_one_stopped(sampling: SamplingParams) -> N
 def test_those_that_stay_do_not_notice_those_that_leave() -> None:
     model = tiny_model("qwen2")
     texts = prompts(4)
-    engine, source = engine_of(model, batch=4, blocks=20, step_rows=30), random.Random(9)
+    engine = engine_of(model, batch=4, blocks=blocks_for(320), step_rows=30)
+    source = random.Random(9)
     right = {str(i): expected(model, prompt, 20) for i, prompt in enumerate(texts)}
     got: dict[str, list[int]] = {rid: [] for rid in right}
     for i, prompt in enumerate(texts):
@@ -392,20 +512,23 @@ def test_the_cache_is_chosen_by_free_memory_and_what_it_shortens_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     roomy = sized(0, 1 << 40, monkeypatch)
-    assert roomy._backend.block_count == 2 * 256
+    assert roomy._backend.block_count == 2 * blocks_for(4096)
     assert caplog.text == ""
     # A token takes 3 layers * 2 * 2 heads * 8 numbers * 4 bytes = 384 bytes.
     tight = sized(0, 1 << 20, monkeypatch)
-    assert tight._backend.block_count == int(0.3 * (1 << 20)) // (16 * 384)
-    assert tight.info.context_length == tight._backend.block_count * 16
+    assert tight._backend.block_count == int(0.3 * (1 << 20)) // (BLOCK_SIZE * 384)
+    assert tight.info.context_length == tight._backend.block_count * BLOCK_SIZE
     assert "4096" in caplog.text
     assert str(tight.info.context_length) in caplog.text
     assert tight.files.version != roomy.files.version
 
 
 def test_a_cache_that_is_too_small_is_told_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match=r"RTS_KV_CACHE_MB=1 is too small .* at least 2, and 96 "):
-        sized(1, 1 << 40, monkeypatch, head_dim=512)
+    # A token takes 3 layers * 2 * 2 heads * 2048 numbers * 4 bytes = 96 KiB.
+    least, whole = -(-LEAST_BLOCKS * BLOCK_SIZE * 96 // 1024), 4096 * 96 // 1024
+    told = rf"RTS_KV_CACHE_MB=1 is too small .* at least {least}, and {whole} "
+    with pytest.raises(EngineError, match=told):
+        sized(1, 1 << 40, monkeypatch, head_dim=2048)
     with pytest.raises(EngineError, match=r"30% of the 0 MiB of free memory .*RTS_KV_CACHE_MB"):
         sized(0, 1000, monkeypatch)
 
@@ -428,7 +551,7 @@ def test_the_version_is_that_of_dtype_and_context_too() -> None:
     engines = [
         engine_of(tiny_model("llama")),
         engine_of(tiny_model("llama").to(torch.bfloat16)),
-        engine_of(tiny_model("llama"), blocks=6),
+        engine_of(tiny_model("llama"), blocks=blocks_for(96)),
         engine_of(tiny_model("llama"), batch=3),
     ]
     versions = [engine.files.version for engine in engines]
@@ -437,7 +560,7 @@ def test_the_version_is_that_of_dtype_and_context_too() -> None:
 
 
 def test_a_small_cache_shortens_the_context() -> None:
-    engine = engine_of(tiny_model("llama"), blocks=6)
+    engine = engine_of(tiny_model("llama"), blocks=blocks_for(96))
     assert engine.info.context_length == engine.files.context_length == 96
     with pytest.raises(ValueError, match="context"):
         engine.add(EngineRequest("a", [5] * 96, greedy(1)))
@@ -448,10 +571,11 @@ def test_a_small_cache_shortens_the_context() -> None:
 def test_room_counts_blocks_as_well_as_places() -> None:
     engine = engine_of(tiny_model("llama"), blocks=10)
     assert engine.room() == 8
-    engine.add(EngineRequest("a", [5] * 70, greedy(60)))
+    half = 4 * BLOCK_SIZE + 6
+    engine.add(EngineRequest("a", [5] * half, greedy(60)))
     assert engine.room() <= 1
     engine.step()
-    engine.add(EngineRequest("b", [5] * 70, greedy(60)))
+    engine.add(EngineRequest("b", [6] * half, greedy(60)))
     assert engine.room() == 0
     engine.step()
     assert engine.stats().waiting == 1
@@ -482,7 +606,7 @@ def test_sequences_are_taken_together_only_if_little_is_padded() -> None:
             if counts[chosen.start] > 1:
                 assert chosen.stop == chosen.start + 1
             else:
-                needs = [position // 16 + 1 for position in positions[rows]]
+                needs = [position // BLOCK_SIZE + 1 for position in positions[rows]]
                 assert max(needs) * len(needs) <= 1.25 * sum(needs) + 8
         assert seen == list(range(len(counts)))
 

@@ -298,6 +298,8 @@ async def test_what_can_be_watched(site: Site) -> None:
         'rts_queue_depth{model_name="echo",priority="normal"} 1.0',
         'rts_workers{model_name="echo"} 1.0',
         'rts_kv_cache_usage_perc{model_name="echo"} 0.25',
+        'rts_prefix_cache_queries_total{model_name="echo"} 80.0',
+        'rts_prefix_cache_hits_total{model_name="echo"} 64.0',
         "rts_stream_gaps_total 0.0",
         "rts_stream_resumes_total 0.0",
     ):
@@ -311,6 +313,8 @@ async def test_what_can_be_watched(site: Site) -> None:
     assert status["queues"]["echo"]["normal"]["waiting"] == 1
     assert status["streams"] == 1
     assert status["workers"][0]["engine"] == "fake-0"
+    assert status["workers"][0]["prefix_queries"] == 80
+    assert status["workers"][0]["prefix_hits"] == 64
     _, health, _ = await site.get("/health")
     assert health["status"] == "healthy"
     assert health["active_streams"] == 1

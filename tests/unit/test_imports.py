@@ -80,5 +80,6 @@ def test_scheduling_needs_no_torch() -> None:
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 import worker.engine.scheduler, worker.engine.blocks, worker.engine.echo, worker.engine.interface
+import worker.engine.pace, worker.engine.prefix
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)

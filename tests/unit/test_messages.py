@@ -350,3 +350,11 @@ def test_a_message_nested_beyond_reason_is_a_decode_error() -> None:
 def test_an_id_that_no_script_writes_is_a_decode_error(entry_id: bytes) -> None:
     with pytest.raises(DecodeError):
         read_entry(entry_id, encode(Tokens(VERSION, 1, [])))
+
+
+def test_a_card_of_an_engine_that_has_no_prefix_cache() -> None:
+    card = ["e", "torch", "cpu", "bfloat16", "h", 7, 32, 1, 0, 0.5, False, 2.5, 9, 8, 7, 6]
+    old = decode(msgspec.msgpack.encode([VERSION, *card]), EngineCard)
+    assert (old.preemptions, old.prefix_queries, old.prefix_hits) == (6, 0, 0)
+    fresh = msgspec.structs.replace(old, prefix_queries=80, prefix_hits=64)
+    assert decode(encode(fresh), EngineCard) == fresh

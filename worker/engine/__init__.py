@@ -53,6 +53,7 @@ class EngineOptions:
         kv_cache_mb: MiB for the KV cache; 0 chooses by the model and the free memory. A cache that
             is smaller than the model's context shortens the context.
         threads: compute threads on a CPU; 0 leaves torch's choice.
+        prefix_cache: whether sequences share what their beginnings have in common.
         data_dir: where converted models are kept.
         progress: told about slow parts of the start.
     """
@@ -67,6 +68,7 @@ class EngineOptions:
     echo_step_ms: float = 0.0
     kv_cache_mb: int = 0
     threads: int = 0
+    prefix_cache: bool = True
     data_dir: Path = field(default_factory=lambda: Path("~/.cache/realtime-serve").expanduser())
     progress: Progress = no_progress
 
@@ -85,6 +87,8 @@ class EngineOptions:
         for name in ("lease_ms", "echo_step_ms", "kv_cache_mb", "threads"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache must be true or false, not {self.prefix_cache!r}")
 
 
 @dataclass(frozen=True, slots=True)

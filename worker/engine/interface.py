@@ -86,6 +86,8 @@ class StepOutput:
         tokens: ids sampled in this step, in order; empty while the prompt is being read. The id
             that ended the sequence (end-of-sequence or a stop id) is included as the last one.
         prefilled: rows of prompt + generated in the KV cache: progress before the first token.
+            The last of them was computed in this step, also where the others were in the cache
+            already: what counts as progress is a step that the engine survived.
         finish: None while the sequence goes on. "stop": an end id; "length": max_tokens or the
             context length was reached; "error": this sequence failed (others go on).
         error: a sentence, only with finish == "error".
@@ -131,6 +133,8 @@ class EngineStats:
         kv_usage: share of the KV cache's blocks in use, 0..1.
         steps: steps run. preemptions: sequences whose cache was dropped to be recomputed.
         prompt_tokens, generated_tokens: rows computed of prompts, tokens sampled.
+        prefix_queries: tokens of admitted sequences that were looked for in the prefix cache.
+        prefix_hits: how many of them were there, and not computed again.
     """
 
     running: int = 0
@@ -140,6 +144,8 @@ class EngineStats:
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class Engine(Protocol):

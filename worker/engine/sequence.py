@@ -6,7 +6,9 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from worker.engine.blocks import BLOCK_SIZE
 from worker.engine.interface import EngineInfo, EngineRequest, Finish
+from worker.engine.prefix import ROOT, digest_of
 
 if TYPE_CHECKING:
     # It imports numpy, which the echo engine starts without.
@@ -24,6 +26,9 @@ class Sequence:
         computed: leading tokens whose keys and values are in the cache.
         blocks: the cache's blocks that hold them, in order.
         seen: what its penalties count; None where it has none.
+        found: leading tokens that were in the cache when it was last admitted.
+        published: leading blocks that others may find.
+        rank: smaller goes first: priority, then arrival.
     """
 
     request: EngineRequest
@@ -32,6 +37,14 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     seen: History | None = None
+    found: int = 0
+    published: int = 0
+    rank: tuple[int, int] = field(init=False)
+    _digests: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Fixes the rank, which is looked at in every step."""
+        self.rank = (self.request.priority, self.arrival)
 
     @classmethod
     def of(cls, request: EngineRequest, arrival: int, seen: History | None = None) -> Sequence:
@@ -49,10 +62,14 @@ class Sequence:
         """Index of the next generated token, from 0: part of its random number's key."""
         return len(self.tokens) - len(self.request.prompt)
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller goes first: priority, then arrival."""
-        return (self.request.priority, self.arrival)
+    def digest(self, place: int) -> bytes:
+        """The name of the content of its block at this place, which its tokens fill."""
+        known = self._digests
+        while len(known) <= place:
+            first = len(known) * BLOCK_SIZE
+            ids = self.tokens[first : first + BLOCK_SIZE]
+            known.append(digest_of(known[-1] if known else ROOT, ids))
+        return known[place]
 
     def ended(self, info: EngineInfo) -> Finish | None:
         """Whether the tokens so far end the sequence: an end id, `max_tokens`, or the context."""

@@ -115,7 +115,9 @@ class TorchEngine:
             dtype=self._backend.dtype,
         )
         self._scheduler = Scheduler(
-            BlockPool(self._backend.block_count), options.max_batch_size, rows
+            BlockPool(self._backend.block_count, caching=options.prefix_cache),
+            options.max_batch_size,
+            rows,
         )
         self._lease_s = options.lease_ms / 1000
         self._progress = options.progress
@@ -141,7 +143,8 @@ class TorchEngine:
             ) from error
         self._progress("warming up", 1.0)
         self._stats = EngineStats()
-        self._scheduler.preemptions = 0
+        self._scheduler.forget_counts()
+        self._scheduler.pool.forget_all()
 
     def _fit_steps(self) -> None:
         """Chooses how many rows a step has at most, so that none comes near the lease.
@@ -268,10 +271,15 @@ class TorchEngine:
         self._stats.steps += 1
         # Sequences of about the same length, side by side, cost the attention least.
         works.sort(key=lambda work: (work.count > 1, work.first))
+        began = time.perf_counter()
         try:
             results = self._run(works)
         except Exception as error:
             results = self._run_apart(works, error)
+        else:
+            single = sum(work.count == 1 for work in works)
+            rows = sum(work.count for work in works) - single
+            self._scheduler.pace.observe(single, rows, time.perf_counter() - began)
         return outputs + [
             self._advance(work, result) for work, result in zip(works, results, strict=True)
         ]
@@ -285,6 +293,8 @@ class TorchEngine:
             waiting=len(scheduler.waiting),
             kv_usage=1 - scheduler.pool.free / scheduler.pool.count,
             preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.queried,
+            prefix_hits=scheduler.hits,
         )
 
     def close(self) -> None:
@@ -341,7 +351,8 @@ class TorchEngine:
         if len(works) > 1:
             return False
         zero = torch.zeros(1, dtype=torch.int64)
-        block = torch.tensor([works[0].sequence.blocks[:1]])
+        # Its last block: what it may share with others, as their beginning, is before it.
+        block = torch.tensor([works[0].sequence.blocks[-1:]])
         try:
             self._backend.step(Batch(zero, zero, zero, block, zero))
         except Exception:
@@ -359,8 +370,9 @@ class TorchEngine:
         output = StepOutput(sequence.request.rid, [], min(sequence.computed, known))
         if isinstance(result, str):
             output.finish, output.error = "error", result
-            self._backend.clear(sequence.blocks)
+            self._backend.clear(self._scheduler.pool.forget(sequence.blocks))
         elif result is not None:
+            self._scheduler.publish(sequence)
             sequence.append(result)
             output.tokens.append(result)
             output.finish = sequence.ended(self.info)
