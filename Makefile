@@ -1,6 +1,6 @@
 # `make` lists the targets. Settings are environment variables: RTS_PORT=8100 make up
 .DEFAULT_GOAL := help
-.PHONY: up test test-fast check fmt bench chaos help env env-dev
+.PHONY: up test test-fast test-vllm check fmt bench chaos help env env-dev
 
 ifeq ($(OS),Windows_NT)
 $(error Linux or macOS is needed; on Windows use WSL2)
@@ -19,6 +19,10 @@ test: env-dev ## run all tests (under 10 minutes)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
 	@$(PYTHON) -m pytest tests/unit -m "not torch" $(PYTEST_ARGS)
+
+test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of its own (5 GB)
+	@sh scripts/vllm_env.sh
+	@.venv-vllm/bin/python -m pytest tests/contract -k vllm -W default --timeout 600 $(PYTEST_ARGS)
 
 check: env-dev ## lint, formatting, types, generated pages
 	@$(PYTHON) -m ruff check .
