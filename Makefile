@@ -22,7 +22,8 @@ test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
 
 test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of its own (5 GB)
 	@sh scripts/vllm_env.sh
-	@.venv-vllm/bin/python -m pytest tests/contract -k vllm -W default --timeout 600 $(PYTEST_ARGS)
+	@.venv-vllm/bin/python -m pytest tests/contract/test_engines.py \
+		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
 
 check: env-dev ## lint, formatting, types, generated pages
 	@$(PYTHON) -m ruff check .

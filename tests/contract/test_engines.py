@@ -45,7 +45,7 @@ ENGINES = [
 ]
 if importlib.util.find_spec("vllm"):
     # `make test-vllm` has it, in an environment of its own.
-    ENGINES.append(pytest.param(make_vllm, id="vllm"))
+    ENGINES.append(pytest.param(make_vllm, id="vllm", marks=pytest.mark.vllm))
 
 
 @pytest.fixture(params=ENGINES)

@@ -18,6 +18,8 @@ from worker.engine import EngineError, create_engine
 from worker.engine.interface import EngineRequest, SamplingParams
 from worker.engine.vllm_engine import VllmEngine
 
+pytestmark = pytest.mark.vllm
+
 
 def test_greedy_is_what_transformers_generates() -> None:
     model = tiny_model("llama", hidden_size=128, max_position_embeddings=256)

@@ -186,6 +186,7 @@ def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
     assert (got.files.context_length, got.files.vocab_size) == (256, 257)
     assert json.loads(got.files.tokenizer_json)["model"]["type"] == "BPE"
     assert told[-1] == ("loading weights", 1.0)
+    assert loader.describe(tmp_path) == got.files
 
 
 @pytest.mark.parametrize(
