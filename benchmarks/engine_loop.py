@@ -24,7 +24,7 @@ from benchmarks.server import family, memory_mb
 from worker.engine import EngineOptions, create_engine
 from worker.engine.interface import Engine, EngineRequest, SamplingParams
 
-_START_S = 300.0
+_START_S = 600.0
 _ASK_S = 60.0
 
 

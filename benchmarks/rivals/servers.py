@@ -23,7 +23,7 @@ from benchmarks.rivals.environments import (
 from benchmarks.server import HOST, Server, cpu_s, free_port, get, memory_mb
 from realtime_serve.screen import Screen
 
-_START_S = 300.0
+_START_S = 600.0
 _LITSERVE = str(Path(__file__).with_name("litserve_server.py"))
 _LLAMA_SERVER = "llama-server"
 
