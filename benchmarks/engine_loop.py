@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.companion import Companion, answer
 from benchmarks.figures import BenchError, Figures
-from benchmarks.load import Answer, Load, Prompts
+from benchmarks.load import WARM_UP_TOKENS, Answer, Load, Prompts
 from benchmarks.server import family, memory_mb
 from worker.engine import EngineOptions, create_engine
 from worker.engine.interface import Engine, EngineRequest, SamplingParams
@@ -72,12 +72,14 @@ class EngineLoop:
         Raises:
             BenchError: the engine failed.
         """
-        lanes = [
-            [prompts.ids(load.prompt_tokens) for _ in range(load.requests)]
-            for _ in range(load.streams)
-        ]
+        # What warms up is not asked again: an engine may remember prompts.
+        warm_up, lanes = (
+            [[prompts.ids(load.prompt_tokens) for _ in range(count)] for _ in range(load.streams)]
+            for count in (1, load.requests)
+        )
         self._companion.say(
             {
+                "warm_up": warm_up,
                 "lanes": lanes,
                 "output_tokens": load.output_tokens,
                 "temperature": load.temperature,
@@ -203,8 +205,9 @@ def main() -> int:
             if "ask" in job:
                 _answer(engine, job["ask"], job["output_tokens"])
                 continue
-            lanes, output_tokens = job.pop("lanes"), job.pop("output_tokens")
-            closed_loop(engine, [[lane[0]] for lane in lanes], 8, **job)
+            warm_up, lanes = job.pop("warm_up"), job.pop("lanes")
+            output_tokens = job.pop("output_tokens")
+            closed_loop(engine, warm_up, min(WARM_UP_TOKENS, output_tokens), **job)
             _say(dataclasses.asdict(closed_loop(engine, lanes, output_tokens, **job)))
     except Exception as error:
         _say({"failed": f"{type(error).__name__}: {error}"})

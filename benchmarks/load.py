@@ -20,7 +20,8 @@ from benchmarks.transcript import text_of
 BESIDE_ENGINE = 5
 """Nice value of the client, as of everything else that `up` runs beside an engine."""
 _START_S = 60.0
-_WARM_UP_TOKENS = 8
+WARM_UP_TOKENS = 8
+"""Most that a request which only warms up asks for."""
 _TRIES = 1000
 
 
@@ -115,7 +116,7 @@ def run_load(
         "port": target.port,
         "path": target.path,
         "warm_up": [
-            [_body(target, prompts, load.prompt_tokens, min(_WARM_UP_TOKENS, load.output_tokens))]
+            [_body(target, prompts, load.prompt_tokens, min(WARM_UP_TOKENS, load.output_tokens))]
             for _ in range(load.streams)
         ],
         "lanes": [

@@ -117,7 +117,7 @@ class Bench:
                 load = replace(plan.load, streams=streams)
                 report.alone[streams], report.cluster[streams] = Rounds(), Rounds()
                 for number in range(plan.rounds):
-                    prompts = Prompts(info["tokenizer"], seed=number)
+                    prompts = Prompts(info["tokenizer"], _seed(streams, number))
                     self._measure(report.alone[streams], "engine alone", alone, load, prompts)
                     self._measure(report.cluster[streams], "cluster", cluster, load, prompts)
 
@@ -132,7 +132,7 @@ class Bench:
                     load = replace(plan.transport_load, streams=streams)
                     rounds = self.report.transport[step_ms, streams] = Rounds()
                     for number in range(plan.rounds):
-                        prompts = Prompts(tokenizer_json(), seed=number)
+                        prompts = Prompts(tokenizer_json(), _seed(streams, number))
                         self._measure(rounds, what, cluster, load, prompts)
 
     def _measure(
@@ -234,6 +234,11 @@ def _parts(text: str | None) -> tuple[str, ...]:
     if unknown := [part for part in parts if part not in PARTS]:
         raise BenchError(f"--only {text}: {unknown[0]} is none of {', '.join(PARTS)}")
     return parts
+
+
+def _seed(streams: int, number: int) -> int:
+    """Other prompts for every load and round: engines remember them."""
+    return streams * 1000 + number
 
 
 def numbers(text: str) -> tuple[int, ...]:

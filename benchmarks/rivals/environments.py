@@ -70,16 +70,19 @@ class Environment:
 
 
 def _run(environment: Environment, command: list[str]) -> None:
-    with Lifeline() as lifeline:
-        ran = subprocess.run(
-            lifeline.command(command),
-            pass_fds=lifeline.fds,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_INSTALL_S,
-            check=False,
-        )
+    try:
+        with Lifeline() as lifeline:
+            ran = subprocess.run(
+                lifeline.command(command),
+                pass_fds=lifeline.fds,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_INSTALL_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired as error:
+        raise NotInstalled(f"not installed: pip took more than {_INSTALL_S:.0f} s") from error
     if ran.returncode != 0:
         said = [line for line in ran.stderr.splitlines() if "WARNING" not in line]
         raise NotInstalled(

@@ -44,6 +44,8 @@ def export(python: str, model: Path, folder: Path) -> Path:
             last = ran.stderr.strip().splitlines()[-1:] or ["no reason given"]
             raise NotInstalled(f"not measured: optimum-intel could not convert it ({last[0]})")
         scratch.rename(folder)
+    except subprocess.TimeoutExpired as error:
+        raise NotInstalled(f"not measured: converting took over {_EXPORT_S:.0f} s") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -131,7 +131,8 @@ RIVALS = (
     _transformers(
         "transformers serve --continuous-batching",
         "--continuous-batching",
-        streams=64,
+        # More make it slower, and would take a third of the whole benchmark's time.
+        streams=32,
         usual=True,
     ),
     Rival(
