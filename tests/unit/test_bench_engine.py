@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -111,6 +112,9 @@ def test_the_limit_is_a_row_and_a_share_of_each() -> None:
 def test_what_pip_cannot_install_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    # An environment without the seconds that making one takes.
+    (tmp_path / "absent" / "bin").mkdir(parents=True)
+    (tmp_path / "absent" / "bin" / "python").symlink_to(sys.executable)
     absent = Environment("absent", ("no-such-package-as-this==1",))
     with pytest.raises(NotInstalled, match="pip could not install no-such-package-as-this==1"):
         absent.python(tmp_path, Screen())
