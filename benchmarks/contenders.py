@@ -137,7 +137,7 @@ def _server(
 def _openvino(setting: Setting, model: Path) -> tuple[Callable[[], Subject], dict[str, str]]:
     python = OPENVINO.python(setting.environments, setting.screen)
     folder = setting.environments / OPENVINO.name / "models" / model.name
-    setting.screen.step(f"{OPENVINO_NAME}: the converted model is in {folder}")
+    setting.screen.step(f"{OPENVINO_NAME}: converts the model to {folder}, once")
     source = export(python, model, folder)
 
     def start() -> Subject:

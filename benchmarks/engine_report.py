@@ -73,8 +73,9 @@ class EngineReport:
             parts += ["## What sampling costs", cost]
         parts += [
             "## Start and memory",
-            "From the start of the process to the first token, when all caches are warm; resident "
-            "memory after the largest load, shared pages counted once.",
+            "From the start of the process to its first token; of the second start, when caches "
+            "are warm, but for runs with --one-start. Resident memory, the most after a load, "
+            "shared pages counted once.",
             table(
                 ("", "first token after, s", "memory, MiB", "greedy, it says"),
                 [
