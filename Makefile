@@ -9,6 +9,7 @@ endif
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
@@ -36,8 +37,10 @@ fmt: env-dev ## format the code, fix what can be fixed
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix .
 
-bench: env-dev ## measure the engine alone and the whole cluster over HTTP
+bench: env-dev ## measure engine and cluster, and others beside them (half an hour)
 	@$(PYTHON) -m realtime_serve.demo_model
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(PYTHON) -m benchmarks.engine $(BENCH_ARGS)
 	@$(PYTHON) -m benchmarks.run
 	@$(PYTHON) -m benchmarks.emit
 
