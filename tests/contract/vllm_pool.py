@@ -12,7 +12,7 @@ from tests.contract.models import save, tiny_model
 from worker.engine import EngineOptions
 from worker.engine.vllm_engine import VllmEngine, load
 
-_idle: dict[tuple[int, int], list[Any]] = defaultdict(list)
+_started: dict[tuple[int, int], list[Any]] = defaultdict(list)
 
 
 @cache
@@ -37,18 +37,18 @@ def options(batch: int, context: int, **more: Any) -> EngineOptions:
 
 
 class Pooled(VllmEngine):
-    """Gives vLLM back when it is closed."""
-
-    def __init__(self, batch: int, context: int) -> None:
-        self._key = (batch, context)
-        own = options(batch, context)
-        idle = _idle[self._key]
-        super().__init__(own, llm=idle.pop() if idle else load(folder(context), own, eager=True))
+    """Leaves vLLM running when it is closed."""
 
     def close(self) -> None:
-        _idle[self._key].append(self.release())
+        self.release()
 
 
 def engine(batch: int, context: int) -> VllmEngine:
-    """An engine without sequences."""
-    return Pooled(batch, context)
+    """An engine without sequences, on a vLLM that has none; older engines on it may only rest."""
+    own = options(batch, context)
+    started = _started[batch, context]
+    free = [llm for llm in started if not llm.has_unfinished_requests()]
+    if not free:
+        free = [load(folder(context), own, eager=True)]
+        started += free
+    return Pooled(own, llm=free[0])
