@@ -50,17 +50,13 @@ def test_the_models_own_end_ends_a_sequence() -> None:
     engine.close()
 
 
-def test_a_prompt_that_takes_several_steps_tells_how_far_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = pooled(4, 256)
-    scheduler = engine._llm.engine_core.engine_core.scheduler
-    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 64)
-    engine.add(ask("long", 2, length=150))
+def test_a_prompt_that_takes_several_steps_tells_how_far_it_is() -> None:
+    engine = pooled(2, 2048)
+    engine.add(ask("long", 2, length=700))
     seen = []
     while outputs := engine.step():
         seen += [(output.prefilled, len(output.tokens)) for output in outputs]
-    assert seen == [(64, 0), (128, 0), (150, 1), (151, 1)]
+    assert seen == [(512, 0), (700, 1), (701, 1)]
     engine.close()
 
 
