@@ -291,16 +291,38 @@ def load(folder: Path, options: EngineOptions, *, eager: bool = False) -> LLMEng
             **more,
         ).create_engine_config()
         # In this process, whatever VLLM_ENABLE_V1_MULTIPROCESSING says: `step` is one step.
-        return LLMEngine(
+        llm = LLMEngine(
             vllm_config=config,
             executor_class=Executor.get_class(config),
             log_stats=False,
             multiprocess_mode=False,
         )
+        if current_platform.is_cpu():
+            llm.collective_rpc(mend_generators)
+        return llm
     except (ValueError, RuntimeError, OSError, MemoryError, NotImplementedError) as error:
         log.debug("vLLM failed", exc_info=error)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EngineError(f"vLLM cannot serve {options.source}: {reason}") from error
+
+
+def mend_generators(worker: Any) -> None:
+    """Gives the generators of vLLM's process on a CPU the offset that it moves.
+
+    After a piece of a prompt it takes the draw back by moving the offset, which only generators of
+    GPUs have: a seeded request with a long prompt ended the engine (0.32). As each step is seeded
+    anew, there is nothing to take back.
+    """
+    import torch
+
+    class Generator(torch.Generator):
+        def get_offset(self) -> int:
+            return 0
+
+        def set_offset(self, offset: int) -> None:
+            pass
+
+    torch.Generator = Generator  # type: ignore[misc]
 
 
 def reseed(worker: Any, seeds: dict[str, int]) -> None:
