@@ -1,6 +1,6 @@
 # `make` lists the targets. Settings are environment variables: RTS_PORT=8100 make up
 .DEFAULT_GOAL := help
-.PHONY: up test test-fast check fmt bench chaos help env env-dev
+.PHONY: up test test-fast test-vllm check fmt bench chaos help env env-dev
 
 ifeq ($(OS),Windows_NT)
 $(error Linux or macOS is needed; on Windows use WSL2)
@@ -10,6 +10,7 @@ PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 CPP := $(wildcard worker/engine/native/source/* tests/contract/*.cpp)
+BENCH_ARGS ?=
 
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
@@ -20,6 +21,11 @@ test: env-dev ## run all tests (under 10 minutes)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
 	@$(PYTHON) -m pytest tests/unit -m "not torch" $(PYTEST_ARGS)
+
+test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of its own (5 GB)
+	@sh scripts/vllm_env.sh
+	@.venv-vllm/bin/python -m pytest tests/contract/test_engines.py \
+		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
 
 check: env-dev ## lint, formatting, types, generated pages
 	@$(PYTHON) -m ruff check .
@@ -34,8 +40,10 @@ fmt: env-dev ## format the code, fix what can be fixed
 	@$(PYTHON) -m ruff check --fix .
 	@.venv/bin/clang-format -i $(CPP)
 
-bench: env-dev ## measure the engine alone and the whole cluster over HTTP
+bench: env-dev ## measure engine and cluster, and others beside them (half an hour)
 	@$(PYTHON) -m realtime_serve.demo_model
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(PYTHON) -m benchmarks.engine $(BENCH_ARGS)
 	@$(PYTHON) -m benchmarks.run
 	@$(PYTHON) -m benchmarks.emit
 

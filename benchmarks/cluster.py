@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 
 from benchmarks.figures import BenchError, Figures
-from benchmarks.load import Load, Prompts, Target, run_load
-from benchmarks.server import HOST, Server, cpu_s, free_port, get, main_thread_cpu_s
+from benchmarks.load import Answer, Load, Prompts, Target, ask, run_load
+from benchmarks.server import HOST, Server, cpu_s, free_port, get, main_thread_cpu_s, memory_mb
 from shared.settings import ENV_PREFIX, Settings
 
 _START_S = 300.0
@@ -55,23 +55,27 @@ class Cluster:
             raise
 
     def run(self, load: Load, prompts: Prompts) -> Figures:
-        """Runs a load: greedy, and to the full length.
+        """Runs a load, to the full length.
 
         Raises:
             BenchError: a request failed.
         """
-        fields = {
-            "model": self._settings.models()[0].name,
-            "stream": True,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }
-        target = Target(HOST, self._settings.port, "/v1/completions", fields)
         try:
-            return run_load(target, load, prompts, self.read_cpu)
+            return run_load(self._target(load), load, prompts, self.read_cpu)
         except BenchError as error:
             raise BenchError(f"{error}\nThe cluster's log:\n{self._server.log_tail()}") from error
+
+    def ask(self, prompt: str, output_tokens: int) -> Answer:
+        """One greedy answer.
+
+        Raises:
+            BenchError: it gave none.
+        """
+        return ask(self._target(Load(1, 1)), prompt, output_tokens)
+
+    def memory_mb(self) -> float:
+        """Resident memory of all its processes, in MiB."""
+        return memory_mb(self._server.family())
 
     def read_cpu(self) -> dict[str, float]:
         """CPU time so far by process; the worker's event loop and its engine thread(s) apart."""
@@ -89,6 +93,17 @@ class Cluster:
         """Stops it and removes its data."""
         self._server.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _target(self, load: Load) -> Target:
+        fields = {
+            "model": self._settings.models()[0].name,
+            "stream": True,
+            "temperature": load.temperature,
+            "top_p": load.top_p,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        return Target(HOST, self._settings.port, "/v1/completions", fields)
 
     def _is_ready(self) -> bool:
         if get(self._settings.port, "/readyz")[0] != 200:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,19 +23,34 @@ class Companion:
     Args:
         module: to run.
         nice: how far it steps back.
+        python: interpreter to run it with; one of another environment has other packages.
+        env: of the process; None: this one's.
     """
 
-    def __init__(self, module: str, *, nice: int = 0) -> None:
+    def __init__(
+        self,
+        module: str,
+        *,
+        nice: int = 0,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self._module = module
         self._lifeline = Lifeline()
         self._process = subprocess.Popen(
-            self._lifeline.command([sys.executable, "-m", module], nice),
+            self._lifeline.command([python, "-m", module], nice),
+            env=env,
             pass_fds=self._lifeline.fds,
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def pid(self) -> int:
+        """Of the process, or of what wraps it."""
+        return self._process.pid
 
     def say(self, value: Any) -> None:
         """Sends a line."""

@@ -6,19 +6,26 @@ answers each with a line. `EngineLoop` is the side that asks.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from benchmarks.companion import Companion, answer
 from benchmarks.figures import BenchError, Figures
-from benchmarks.load import Load, Prompts
+from benchmarks.load import WARM_UP_TOKENS, Answer, Load, Prompts
+from benchmarks.server import family, memory_mb
 from worker.engine import EngineOptions, create_engine
 from worker.engine.interface import Engine, EngineRequest, SamplingParams
 
-_START_S = 300.0
+_START_S = 600.0
+_ASK_S = 60.0
 
 
 class EngineLoop:
@@ -27,6 +34,7 @@ class EngineLoop:
     Args:
         data_dir: where converted models are kept.
         engine, source, max_batch_size, echo_step_ms: see `EngineOptions`.
+        python, env: of its process; other environments have other engines.
 
     Attributes:
         info: name, device, dtype, the tokenizer, and how long it took to load and to warm up.
@@ -39,9 +47,11 @@ class EngineLoop:
         engine: str,
         source: str,
         max_batch_size: int,
-        echo_step_ms: float,
+        echo_step_ms: float = 0.0,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        self._companion = Companion("benchmarks.engine_loop")
+        self._companion = Companion("benchmarks.engine_loop", python=python, env=env)
         options = {
             "data_dir": str(data_dir),
             "engine": engine,
@@ -50,7 +60,11 @@ class EngineLoop:
             "echo_step_ms": echo_step_ms,
         }
         self._companion.say(options)
-        self.info: dict[str, Any] = self._companion.hear(_START_S, json.loads)
+        try:
+            self.info: dict[str, Any] = self._companion.hear(_START_S, json.loads)
+        except BaseException:
+            self.stop()
+            raise
 
     def run(self, load: Load, prompts: Prompts) -> Figures:
         """Runs a load.
@@ -58,26 +72,51 @@ class EngineLoop:
         Raises:
             BenchError: the engine failed.
         """
-        lanes = [
-            [prompts.ids(load.prompt_tokens) for _ in range(load.requests)]
-            for _ in range(load.streams)
-        ]
+        # What warms up is not asked again: an engine may remember prompts.
+        warm_up, lanes = (
+            [[prompts.ids(load.prompt_tokens) for _ in range(count)] for _ in range(load.streams)]
+            for count in (1, load.requests)
+        )
         self._companion.say(
             {
+                "warm_up": warm_up,
                 "lanes": lanes,
                 "output_tokens": load.output_tokens,
+                "temperature": load.temperature,
+                "top_p": load.top_p,
                 "no_start_after_s": load.no_start_after_s,
                 "limit_s": load.limit_s,
             }
         )
         told = self._companion.hear(load.limit_s + 30.0, json.loads)
-        return Figures(told["tokens"], told["seconds"], {"engine": told["cpu_s"]})
+        return Figures(**told)
+
+    def ask(self, prompt: str, output_tokens: int) -> Answer:
+        """One greedy answer.
+
+        Raises:
+            BenchError: the engine failed.
+        """
+        tokenizer = Tokenizer.from_str(self.info["tokenizer"])
+        ids = tokenizer.encode(prompt).ids
+        self._companion.say({"ask": ids, "output_tokens": output_tokens})
+        first_at = self._companion.hear(_ASK_S, lambda line: time.perf_counter())
+        generated = self._companion.hear(_ASK_S, json.loads)["ids"]
+        return Answer(tokenizer.decode(generated), first_at)
+
+    def memory_mb(self) -> float:
+        """Resident memory of its process, in MiB."""
+        return memory_mb(family(self._companion.pid))
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._companion.__exit__()
 
     def __enter__(self) -> EngineLoop:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._companion.__exit__()
+        self.stop()
 
 
 def closed_loop(
@@ -87,6 +126,8 @@ def closed_loop(
     *,
     no_start_after_s: float,
     limit_s: float,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> Figures:
     """Runs each lane's prompts one after the other, the lanes side by side.
 
@@ -94,8 +135,12 @@ def closed_loop(
         BenchError: a sequence failed, or the time ran out.
     """
     waiting = [list(reversed(lane)) for lane in lanes]
-    sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(output_tokens, temperature, top_p, ignore_eos=True)
     lane_of: dict[str, int] = {}
+    last: dict[str, float] = {}
+    got: set[str] = set()
+    ttft_ms: list[float] = []
+    gap_ms: list[float] = []
     tokens = started = 0
     cpu, began = time.process_time(), time.perf_counter()
 
@@ -103,14 +148,22 @@ def closed_loop(
         nonlocal started
         rid = f"{began}-{started}"
         lane_of[rid] = lane
+        own = replace(sampling, seed=started)
         started += 1
-        engine.add(EngineRequest(rid, waiting[lane].pop(), sampling))
+        last[rid] = time.perf_counter()
+        engine.add(EngineRequest(rid, waiting[lane].pop(), own))
 
     for lane in range(len(lanes)):
         start(lane)
     while lane_of:
-        for output in engine.step():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
             tokens += len(output.tokens)
+            if output.tokens:
+                (gap_ms if output.rid in got else ttft_ms).append((now - last[output.rid]) * 1000)
+                got.add(output.rid)
+                last[output.rid] = now
             if output.finish is None:
                 continue
             lane = lane_of.pop(output.rid)
@@ -123,7 +176,8 @@ def closed_loop(
     seconds = time.perf_counter() - began
     if tokens != started * output_tokens:
         raise BenchError(f"{started} sequences gave {tokens} tokens")
-    return Figures(tokens, seconds, {"engine": time.process_time() - cpu})
+    cpu_s = {"engine": time.process_time() - cpu}
+    return Figures(tokens, seconds, cpu_s, ttft_ms, gap_ms)
 
 
 def main() -> int:
@@ -148,21 +202,32 @@ def main() -> int:
         )
         for line in sys.stdin:
             job = json.loads(line)
-            limits = {name: job[name] for name in ("no_start_after_s", "limit_s")}
-            warm = [[lane[0]] for lane in job["lanes"]]
-            closed_loop(engine, warm, 8, **limits)
-            figures = closed_loop(engine, job["lanes"], job["output_tokens"], **limits)
-            _say(
-                {
-                    "tokens": figures.tokens,
-                    "seconds": figures.seconds,
-                    "cpu_s": figures.cpu_s["engine"],
-                }
-            )
+            if "ask" in job:
+                _answer(engine, job["ask"], job["output_tokens"])
+                continue
+            warm_up, lanes = job.pop("warm_up"), job.pop("lanes")
+            output_tokens = job.pop("output_tokens")
+            closed_loop(engine, warm_up, min(WARM_UP_TOKENS, output_tokens), **job)
+            _say(dataclasses.asdict(closed_loop(engine, lanes, output_tokens, **job)))
     except Exception as error:
         _say({"failed": f"{type(error).__name__}: {error}"})
         return 1
     return 0
+
+
+def _answer(engine: Engine, prompt: list[int], output_tokens: int) -> None:
+    """Says that the first token is there, then all of them."""
+    sampling = SamplingParams(output_tokens, temperature=0.0, ignore_eos=True)
+    engine.add(EngineRequest("ask", prompt, sampling))
+    ids: list[int] = []
+    finish = None
+    while finish is None:
+        for output in engine.step():
+            if output.tokens and not ids:
+                _say({"first": True})
+            ids += output.tokens
+            finish = output.finish
+    _say({"ids": ids})
 
 
 def _say(value: dict[str, Any]) -> None:

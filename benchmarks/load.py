@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +15,13 @@ from tokenizers import Tokenizer
 
 from benchmarks.companion import Companion
 from benchmarks.figures import BenchError, Figures
+from benchmarks.transcript import text_of
 
 BESIDE_ENGINE = 5
 """Nice value of the client, as of everything else that `up` runs beside an engine."""
 _START_S = 60.0
-_WARM_UP_TOKENS = 8
+WARM_UP_TOKENS = 8
+"""Most that a request which only warms up asks for."""
 _TRIES = 1000
 
 
@@ -27,6 +31,7 @@ class Load:
 
     Attributes:
         streams: how many clients. requests: most counted requests of each.
+        temperature, top_p: how tokens are chosen; 0 is greedy.
         no_start_after_s: no client starts another request later than this.
         limit_s: when the run has failed.
     """
@@ -35,6 +40,8 @@ class Load:
     requests: int
     prompt_tokens: int = 64
     output_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
     no_start_after_s: float = 60.0
     limit_s: float = 240.0
 
@@ -47,6 +54,18 @@ class Target:
     port: int
     path: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one prompt.
+
+    Attributes:
+        text: all of it. first_at: when its first token came, on `time.perf_counter`.
+    """
+
+    text: str
+    first_at: float
 
 
 class Prompts:
@@ -97,7 +116,7 @@ def run_load(
         "port": target.port,
         "path": target.path,
         "warm_up": [
-            [_body(target, prompts, load.prompt_tokens, min(_WARM_UP_TOKENS, load.output_tokens))]
+            [_body(target, prompts, load.prompt_tokens, min(WARM_UP_TOKENS, load.output_tokens))]
             for _ in range(load.streams)
         ],
         "lanes": [
@@ -116,6 +135,37 @@ def run_load(
         after = client.hear(load.limit_s, lambda line: read_cpu())
         result = client.hear(_START_S, json.loads)
     return _figures(result, load, {name: after[name] - before[name] for name in before})
+
+
+def ask(target: Target, prompt: str, output_tokens: int, limit_s: float = 60.0) -> Answer:
+    """One prompt, streamed: does it answer, and since when?
+
+    Raises:
+        BenchError: it did not, or not with text.
+    """
+    body = json.dumps({**target.fields, "prompt": prompt, "max_tokens": output_tokens})
+    headers = {"Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(target.host, target.port, timeout=limit_s)
+    text, first_at = "", 0.0
+    try:
+        connection.request("POST", target.path, body, headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise BenchError(f"status {response.status}: {response.read(600)!r}")
+        for line in response:
+            payload = line.removeprefix(b"data:").strip()
+            if not line.startswith(b"data:") or payload == b"[DONE]":
+                continue
+            text += text_of(json.loads(payload))
+            if text and not first_at:
+                first_at = time.perf_counter()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise BenchError(f"no answer: {type(error).__name__}: {error}") from error
+    finally:
+        connection.close()
+    if not first_at:
+        raise BenchError("an answer without text")
+    return Answer(text, first_at)
 
 
 def _body(target: Target, prompts: Prompts, prompt_tokens: int, output_tokens: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.figures import Rounds
+from benchmarks.tables import machine_words, number, speed, table
 
 _PROCESSES = ("server", "gateway", "worker loop", "worker engine", "control", "client")
 
@@ -23,7 +24,6 @@ class Report:
         load: what was asked, in words.
         alone: the engine alone, by streams. cluster: the whole of it over HTTP, by streams.
         transport: the cluster with the echo engine, by step in ms and streams.
-        rivals: by name and streams. skipped: by name, why.
         starts_s: how long each part took to start.
     """
 
@@ -33,15 +33,13 @@ class Report:
     alone: dict[int, Rounds] = field(default_factory=dict)
     cluster: dict[int, Rounds] = field(default_factory=dict)
     transport: dict[tuple[float, int], Rounds] = field(default_factory=dict)
-    rivals: dict[tuple[str, int], Rounds] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
     starts_s: dict[str, float] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The page."""
         parts = [
             "# What the cluster costs",
-            "Written by `make bench`. " + self._machine(),
+            "Written by `make bench`. " + machine_words(self.machine),
             f"{self.model} {self.load}".strip(),
         ]
         if self.cluster:
@@ -64,8 +62,6 @@ class Report:
                 "CPU time for each token (us):",
                 _cpu_table(("step", "streams"), rows),
             ]
-        if self.rivals or self.skipped:
-            parts += ["## Others, same model, same client, same load, same run", self._others()]
         starts = ", ".join(f"{name} {s:.1f} s" for name, s in self.starts_s.items())
         parts.append(f"Start until ready: {starts}.")
         return "\n\n".join(part for part in parts if part) + "\n"
@@ -77,29 +73,15 @@ class Report:
                 "machine": self.machine,
                 "model": self.model,
                 "load": self.load,
-                "alone": [{"streams": n, **_raw(r)} for n, r in self.alone.items()],
-                "cluster": [{"streams": n, **_raw(r)} for n, r in self.cluster.items()],
+                "alone": [{"streams": n, **raw(r)} for n, r in self.alone.items()],
+                "cluster": [{"streams": n, **raw(r)} for n, r in self.cluster.items()],
                 "transport": [
-                    {"step_ms": step, "streams": n, **_raw(r)}
+                    {"step_ms": step, "streams": n, **raw(r)}
                     for (step, n), r in self.transport.items()
                 ],
-                "rivals": [
-                    {"server": name, "streams": n, **_raw(r)}
-                    for (name, n), r in self.rivals.items()
-                ],
-                "skipped": self.skipped,
                 "starts_s": self.starts_s,
             },
             indent=1,
-        )
-
-    def _machine(self) -> str:
-        m = self.machine
-        packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
-        return (
-            f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GiB, {m['system']}; "
-            f"load before the start {m['load_before'][0]:.2f}. Python {m['python']}, "
-            f"{m['server']}, {packages}."
         )
 
     def _tax(self) -> str:
@@ -111,26 +93,15 @@ class Report:
             rows.append(
                 (
                     streams,
-                    _speed(alone),
-                    _speed(cluster),
+                    speed(alone),
+                    speed(cluster),
                     f"{cluster.tokens_per_s / alone.tokens_per_s:.2f} "
                     f"({min(ratios):.2f}-{max(ratios):.2f})",
                 )
             )
-        return _table(
+        return table(
             ("streams", "engine alone, tokens/s", "cluster, tokens/s", "cluster / alone"), rows
         )
-
-    def _others(self) -> str:
-        head = ("server", "streams", "tokens/s", "ttft p50 ms", "gap p50 ms", "ours / theirs")
-        rows = []
-        for (name, streams), rounds in self.rivals.items():
-            ours = self.cluster.get(streams)
-            ratio = f"{ours.tokens_per_s / rounds.tokens_per_s:.2f}" if ours else ""
-            times = (_number(rounds.ttft_ms()[0]), _number(rounds.gap_ms()[0]))
-            rows.append((name, streams, _speed(rounds), *times, ratio))
-        skipped = [f"- {name}: not measured, {why}" for name, why in self.skipped.items()]
-        return "\n\n".join(part for part in (_table(head, rows), "\n".join(skipped)) if part)
 
 
 def _latency_table(keys: Sequence[str], rows: Iterable[tuple[tuple[object, ...], Rounds]]) -> str:
@@ -141,13 +112,13 @@ def _latency_table(keys: Sequence[str], rows: Iterable[tuple[tuple[object, ...],
         *(f"gap {p}" for p in ("p50", "p95", "p99")),
         "requests",
     )
-    return _table(
+    return table(
         head,
         [
             (
                 *key,
-                _speed(rounds),
-                *map(_number, (*rounds.ttft_ms(), *rounds.gap_ms())),
+                speed(rounds),
+                *map(number, (*rounds.ttft_ms(), *rounds.gap_ms())),
                 rounds.requests,
             )
             for key, rounds in rows
@@ -159,30 +130,12 @@ def _cpu_table(keys: Sequence[str], rows: Sequence[tuple[tuple[object, ...], Rou
     lines = []
     for key, rounds in rows:
         cpu = rounds.cpu_us_a_token()
-        lines.append((*key, *(_number(cpu.get(name, math.nan)) for name in _PROCESSES)))
-    return _table((*keys, *_PROCESSES), lines)
+        lines.append((*key, *(number(cpu.get(name, math.nan)) for name in _PROCESSES)))
+    return table((*keys, *_PROCESSES), lines)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    if len(lines) == 2:
-        return ""
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _speed(rounds: Rounds) -> str:
-    low, high = rounds.spread
-    middle = f"{rounds.tokens_per_s:,.0f}"
-    return middle if len(rounds.runs) == 1 else f"{middle} ({low:,.0f}-{high:,.0f})"
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _raw(rounds: Rounds) -> dict[str, Any]:
+def raw(rounds: Rounds) -> dict[str, Any]:
+    """All figures of some rounds, for JSON."""
     names = ("p50", "p95", "p99")
     ttft, gap = (
         {k: None if math.isnan(v) else v for k, v in zip(names, values, strict=True)}

@@ -1,4 +1,4 @@
-"""`make bench`: the engine alone, the cluster over HTTP, the transport, and others, in one run."""
+"""What the cluster costs: the engine alone, the cluster over HTTP, the transport, in one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from benchmarks.engine_loop import EngineLoop
 from benchmarks.figures import BenchError, Figures, Rounds
 from benchmarks.load import Load, Prompts
 from benchmarks.report import Report
-from benchmarks.rivals.servers import RIVALS, Rival, RunningRival, installed
 from realtime_serve.redis_server import ServerError, find_binary
 from realtime_serve.screen import Screen
 from shared.settings import DEMO_MODEL, Settings, SettingsError
@@ -31,11 +30,10 @@ class Plan:
     """What to measure.
 
     Attributes:
-        parts: of cluster, transport, rivals.
+        parts: of cluster, transport.
         engine, model: of the first part; the model's folder.
         streams: how many at a time. rounds: how often each. load: of one stream.
         transport: pairs of the echo engine's step in ms and streams. transport_load: of one stream.
-        python: interpreter that has the rivals.
         out: folder for the results; None: only print.
     """
 
@@ -48,7 +46,6 @@ class Plan:
     load: Load
     transport: tuple[tuple[float, int], ...]
     transport_load: Load
-    python: str
     out: Path | None
     echo_step_ms: float = 10.0
 
@@ -58,7 +55,7 @@ class Plan:
         return Path(self.model).name
 
 
-PARTS = ("cluster", "transport", "rivals")
+PARTS = ("cluster", "transport")
 
 
 class Subject(Protocol):
@@ -86,8 +83,6 @@ class Bench:
             self._alone_and_cluster()
         if "transport" in self._plan.parts:
             self._transport()
-        if "rivals" in self._plan.parts:
-            self._rivals()
 
     def _alone_and_cluster(self) -> None:
         plan, report = self._plan, self.report
@@ -122,7 +117,7 @@ class Bench:
                 load = replace(plan.load, streams=streams)
                 report.alone[streams], report.cluster[streams] = Rounds(), Rounds()
                 for number in range(plan.rounds):
-                    prompts = Prompts(info["tokenizer"], seed=number)
+                    prompts = Prompts(info["tokenizer"], _seed(streams, number))
                     self._measure(report.alone[streams], "engine alone", alone, load, prompts)
                     self._measure(report.cluster[streams], "cluster", cluster, load, prompts)
 
@@ -137,39 +132,8 @@ class Bench:
                     load = replace(plan.transport_load, streams=streams)
                     rounds = self.report.transport[step_ms, streams] = Rounds()
                     for number in range(plan.rounds):
-                        prompts = Prompts(tokenizer_json(), seed=number)
+                        prompts = Prompts(tokenizer_json(), _seed(streams, number))
                         self._measure(rounds, what, cluster, load, prompts)
-
-    def _rivals(self) -> None:
-        for rival in RIVALS:
-            if not installed(rival, self._plan.python):
-                why = f"not installed; {rival.install} in an environment, then --rivals python=..."
-                self.report.skipped[rival.name] = why
-                self._screen.step(f"{rival.name}: {why}")
-                continue
-            try:
-                self._rival(rival)
-            except BenchError as error:
-                # Its trouble does not spoil our figures.
-                measured = [n for name, n in self.report.rivals if name == rival.name]
-                self.report.skipped[rival.name] = (
-                    f"it failed with more than {measured[-1]} streams" if measured else "it failed"
-                )
-                self._screen.step(f"{rival.name} failed: {error}")
-
-    def _rival(self, rival: Rival) -> None:
-        plan = self._plan
-        tokenizer = Path(plan.model, "tokenizer.json").read_text()
-        self._screen.step(f"starting {rival.name}")
-        with RunningRival(rival, plan.python, Path(plan.model)) as running:
-            self.report.starts_s[rival.name] = running.started_s
-            for streams in [n for n in plan.streams if n <= rival.streams]:
-                load = replace(plan.load, streams=streams)
-                rounds = Rounds()
-                for number in range(plan.rounds):
-                    prompts = Prompts(tokenizer, seed=number)
-                    self._measure(rounds, rival.name, running, load, prompts)
-                self.report.rivals[rival.name, streams] = rounds
 
     def _measure(
         self, rounds: Rounds, what: str, subject: Subject, load: Load, prompts: Prompts
@@ -220,23 +184,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", help=f"parts, comma-separated, of {', '.join(PARTS)}")
     parser.add_argument("--engine", default="torch", help="torch, echo or package.module:Class")
     parser.add_argument("--model", default="", help="folder; empty = the demo model")
-    parser.add_argument("--streams", type=_numbers, default=(1, 8, 32), help="as in 1,8,32,64")
+    parser.add_argument("--streams", type=numbers, default=(1, 8, 32), help="as in 1,8,32,64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=3, help="counted ones of each stream")
-    parser.add_argument(
-        "--rivals", metavar="python=PATH", help="also measure others, with what is installed there"
-    )
     parser.add_argument("--out", type=Path, help="folder for cluster.md and cluster.json")
     return parser
 
 
 def _plan(given: argparse.Namespace) -> Plan:
     settings = Settings.load(os.environ)
-    python = _rivals_python(given.rivals)
     if given.quick:
         load = Load(streams=1, requests=1, prompt_tokens=16, output_tokens=8, limit_s=30.0)
         return Plan(
-            parts=_parts(given.only, ("cluster", "transport")),
+            parts=_parts(given.only),
             engine="echo",
             model="",
             data_dir=settings.data_dir,
@@ -245,7 +205,6 @@ def _plan(given: argparse.Namespace) -> Plan:
             load=load,
             transport=((0.0, 8),),
             transport_load=load,
-            python=python,
             out=given.out,
             echo_step_ms=1.0,
         )
@@ -255,7 +214,7 @@ def _plan(given: argparse.Namespace) -> Plan:
     elif not Path(model).exists():
         raise BenchError(f"no model at {model}: python -m realtime_serve.demo_model")
     return Plan(
-        parts=_parts(given.only, PARTS if given.rivals else ("cluster", "transport")),
+        parts=_parts(given.only),
         engine=given.engine,
         model=model,
         data_dir=settings.data_dir,
@@ -264,34 +223,34 @@ def _plan(given: argparse.Namespace) -> Plan:
         load=Load(streams=1, requests=given.requests),
         transport=((0.0, 64), (0.0, 256), (20.0, 64), (20.0, 256)),
         transport_load=Load(streams=1, requests=8),
-        python=python,
         out=given.out or RESULTS,
     )
 
 
-def _parts(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+def _parts(text: str | None) -> tuple[str, ...]:
     if text is None:
-        return default
+        return PARTS
     parts = tuple(text.split(","))
     if unknown := [part for part in parts if part not in PARTS]:
         raise BenchError(f"--only {text}: {unknown[0]} is none of {', '.join(PARTS)}")
     return parts
 
 
-def _rivals_python(text: str | None) -> str:
-    if text is None:
-        return sys.executable
-    name, _, path = text.partition("=")
-    if name != "python" or not Path(path).exists():
-        raise BenchError(f"--rivals {text}: must be python=PATH of an interpreter that is there")
-    return path
+def _seed(streams: int, number: int) -> int:
+    """Other prompts for every load and round: engines remember them."""
+    return streams * 1000 + number
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
-    if not numbers or min(numbers) < 1 or max(numbers) > 256:
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers of streams from a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: they are none.
+    """
+    found = tuple(int(part) for part in text.split(","))
+    if not found or min(found) < 1 or max(found) > 256:
         raise argparse.ArgumentTypeError("numbers of streams are 1 to 256")
-    return numbers
+    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -50,11 +50,7 @@ class Server:
 
     def family(self) -> list[psutil.Process]:
         """The process and all that it started, directly or not."""
-        try:
-            parent = psutil.Process(self._process.pid)
-            return [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return family(self._process.pid)
 
     def wait(self, is_ready: Callable[[], bool], within_s: float) -> float:
         """Waits until `is_ready`; the seconds that took.
@@ -76,7 +72,7 @@ class Server:
 
     def stop(self) -> None:
         """Asks it to end, and kills what is left."""
-        family = self.family()
+        processes = self.family()
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -84,7 +80,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for process in family:
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._lifeline.close()
@@ -118,6 +114,25 @@ def cpu_s(process: psutil.Process) -> float:
 def main_thread_cpu_s(process: psutil.Process) -> float:
     """The same of its main thread alone; 0 where the system does not tell."""
     return _run_s(Path(f"/proc/{process.pid}/task/{process.pid}/schedstat"))
+
+
+def memory_mb(processes: Iterable[psutil.Process]) -> float:
+    """Resident memory together in MiB; what several share counts once where the system tells."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)
+    return total / 2**20
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, directly or not."""
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _run_s(schedstat: Path) -> float:

@@ -52,7 +52,7 @@ def read_response(parts: Sequence[bytes], times: Sequence[float], sent_at: float
         event = json.loads(payload)
         if "error" in event:
             raise BadResponse(f"an error in the stream: {payload[:300]!r}")
-        if _text(event):
+        if text_of(event):
             arrived.append(times[bisect_left(ends, end)])
         done = done or any(choice.get("finish_reason") for choice in event.get("choices") or ())
         counted = (event.get("usage") or {}).get("completion_tokens", counted)
@@ -105,7 +105,7 @@ def _unchunked(raw: bytes, start: int) -> tuple[bytes, list[tuple[int, int]]]:
         start += size + 2
 
 
-def _text(event: dict[str, Any]) -> str:
+def text_of(event: dict[str, Any]) -> str:
     """The text that an event carries, in any of the formats that are measured."""
     choices = event.get("choices") or [{}]
     choice = choices[0]

@@ -104,7 +104,7 @@ def _prepared(
 
 def _refuse_missing_models(settings: Settings) -> None:
     # The worker would say so too, but only once torch is loaded and the others have started.
-    if settings.engine != "torch" or not settings.workers:
+    if settings.engine not in ("torch", "vllm") or not settings.workers:
         return
     for model in settings.models():
         is_path = model.source.startswith(("/", "./", "../")) or model.source.endswith(".gguf")

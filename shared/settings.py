@@ -99,7 +99,9 @@ class Settings:
         ("up", "worker"),
     )
     engine: str = _setting(
-        "torch", "torch, echo (deterministic, no model) or package.module:Class", ("up", "worker")
+        "torch",
+        "torch, echo (deterministic, no model), vllm or package.module:Class",
+        ("up", "worker"),
     )
     echo_step_ms: float = _setting(
         10.0, "time of one step of the echo engine, in ms", _WORKER, low=0, high=60_000
@@ -350,7 +352,7 @@ class Settings:
             SettingsError: a name is malformed or given twice.
         """
         if not self.model:
-            if self.engine == "torch":
+            if self.engine in ("torch", "vllm"):
                 folder = str(self.data_dir / "models" / DEMO_MODEL)
                 return (ModelSource(DEMO_MODEL, folder, is_demo=True),)
             name = self.engine.rpartition(":")[2].lower()
@@ -390,7 +392,7 @@ def allowed_values(spec: dataclasses.Field[Any]) -> str:
     if low is not None:
         kind = "a whole number" if spec.type == "int" else "a number"
         return f"{kind} from {low} to {high}"
-    return {"engine": "torch, echo or package.module:Class"}.get(spec.name, "text")
+    return {"engine": "torch, echo, vllm or package.module:Class"}.get(spec.name, "text")
 
 
 def _parse(spec: dataclasses.Field[Any], text: str, shown: str) -> Any:
@@ -419,7 +421,7 @@ def _check_value(spec: dataclasses.Field[Any], value: Any, shown: str) -> None:
     elif low is not None:
         good = math.isfinite(value) and low <= value <= high
     elif spec.name == "engine":
-        good = value in ("torch", "echo") or bool(_ENGINE_PATH.fullmatch(value))
+        good = value in ("torch", "echo", "vllm") or bool(_ENGINE_PATH.fullmatch(value))
     if not good:
         raise SettingsError(f"{shown}: must be {allowed_values(spec)}")
     if spec.name == "redis_url" and value:

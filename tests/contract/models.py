@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,20 @@ def loaded(model: Any, eos_ids: tuple[int, ...] = ()) -> LoadedModel:
             eos_token="",
             vocab_size=VOCAB,
         ),
+    )
+
+
+def save(model: Any, folder: Path, eos_id: int = 96) -> None:
+    """Writes a model as a folder, with a tokenizer whose words are w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{eos_id}").save_pretrained(
+        folder
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sys
 import types
@@ -32,10 +33,19 @@ def make_torch(batch: int = 4, context: int = 256) -> Engine:
     )
 
 
+def make_vllm(batch: int = 4, context: int = 256) -> Engine:
+    from tests.contract.vllm_pool import engine
+
+    return engine(batch, context)
+
+
 ENGINES = [
     pytest.param(make_echo, id="echo"),
     pytest.param(make_torch, id="torch", marks=pytest.mark.torch),
 ]
+if importlib.util.find_spec("vllm"):
+    # `make test-vllm` has it, in an environment of its own.
+    ENGINES.append(pytest.param(make_vllm, id="vllm", marks=pytest.mark.vllm))
 
 
 @pytest.fixture(params=ENGINES)
@@ -433,7 +443,7 @@ def test_progress_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("name", ["", "vllmm", "a:", ":b"])
 def test_an_unknown_engine_is_told_with_those_that_are(name: str) -> None:
-    with pytest.raises(EngineError, match=r"echo, torch, or package\.module:Class"):
+    with pytest.raises(EngineError, match=r"echo, torch, vllm, or package\.module:Class"):
         create_engine(EngineOptions(engine=name))
 
 
@@ -443,6 +453,10 @@ def test_a_missing_package_is_told_with_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"torch.*pip install 'realtime-ai-serve\[worker\]'"):
         create_engine(EngineOptions(engine="torch"))
+    monkeypatch.delitem(sys.modules, "worker.engine.vllm_engine", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"vllm.*pip install 'realtime-ai-serve\[vllm\]'"):
+        create_engine(EngineOptions(engine="vllm"))
     with pytest.raises(ImportError, match="no_such_module"):
         create_engine(EngineOptions(engine="no_such_module:Class"))
 

@@ -39,6 +39,44 @@ def test_quick_mode_measures_everything(tmp_path: Path) -> None:
     assert list((tmp_path / "data").iterdir()) == [], "its servers' data is removed"
 
 
+def test_the_engine_is_measured_alone_and_through_the_cluster(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    argv = [sys.executable, "-m", "benchmarks.engine", "--quick", "--out", str(out)]
+    ran = subprocess.run(
+        argv,
+        cwd=ROOT,
+        env={**os.environ, "RTS_DATA_DIR": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    page = (out / "engine.md").read_text()
+    assert "## Prompt 16, output 8, greedy" in page
+    assert "## What sampling costs" in page
+    told = json.loads((out / "engine.json").read_text())
+    assert told["skipped"] == {}
+    assert {part["name"] for part in told["measured"]} == {"engine alone", "cluster"}
+    for part in told["measured"]:
+        assert part["tokens_per_s"] > 0
+        assert part["ttft_ms"]["p50"] > 0
+        assert part["gap_ms"]["p99"] > 0
+    for start in told["starts"].values():
+        assert 0 < start["first_token_s"] < 50
+        assert start["memory_mb"] > 10
+
+
+def test_a_contender_that_is_unknown_is_named(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "benchmarks.engine", "--quick", "--only", "cluster,nobody"]
+    env = {**os.environ, "RTS_DATA_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ran.returncode == 1
+    assert "nobody is none of engine alone, cluster" in ran.stdout
+
+
 async def test_what_a_token_costs_the_server(redis_server: RedisServer) -> None:
     # A process's CPU time is counted in hundredths of a second.
     cpu_us, call_us = await measure(redis_server, 16, steps=200)

@@ -151,7 +151,7 @@ def test_percentiles_are_values_that_occurred() -> None:
     assert all(map(math.isnan, percentiles([])))
 
 
-def test_report_names_the_ratio_and_what_was_left_out() -> None:
+def test_report_names_the_ratio() -> None:
     machine = {
         "cpu": "a CPU",
         "cores": 2,
@@ -166,12 +166,8 @@ def test_report_names_the_ratio_and_what_was_left_out() -> None:
     slow = Figures(50, 1.0, {"gateway": 0.001, "client": 0.0005}, [10.0], [1.0, 2.0])
     report.alone[8] = Rounds([Figures(100, 1.0)])
     report.cluster[8] = Rounds([slow])
-    report.rivals["other", 8] = Rounds([Figures(25, 1.0, {}, [20.0], [3.0])])
-    report.skipped["another"] = "not installed"
     page = report.markdown()
     assert "| 8 | 100 | 50 | 0.50 (0.50-0.50) |" in page
-    assert "| other | 8 | 25 | 20.0 | 3.0 | 2.00 |" in page
-    assert "another: not measured, not installed" in page
     assert json.loads(report.json())["cluster"][0]["cpu_us_a_token"]["gateway"] == 20.0
 
 

@@ -19,7 +19,7 @@ FORBIDDEN = {
     "shared": {"gateway", "worker", "control", "realtime_serve", "torch", "transformers", "arq"},
     "realtime_serve": {"torch", "transformers", "arq"},
 }
-HEAVY = {"torch", "transformers", "safetensors", "gguf"}
+HEAVY = {"torch", "transformers", "safetensors", "gguf", "vllm"}
 
 
 def _files() -> list[Path]:

@@ -189,6 +189,7 @@ def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
     assert got.files.sampling == {"top_k": 20}
     assert json.loads(got.files.tokenizer_json)["model"]["type"] == "BPE"
     assert told[-1] == ("loading weights", 1.0)
+    assert loader.describe(tmp_path) == got.files
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_good_values(env: dict[str, str], field: str, value: object) -> None:
         ("RTS_AGING_S", "1e999", "0.1 to"),
         ("RTS_ALLOW_ANONYMOUS", "maybe", "1 or 0"),
         ("RTS_DTYPE", "float16", "auto, bfloat16, float32"),
-        ("RTS_ENGINE", "vllm", "torch, echo or package.module:Class"),
+        ("RTS_ENGINE", "vllmm", "torch, echo, vllm or package.module:Class"),
         ("RTS_LOG_LEVEL", "INFO", "info"),
         ("RTS_REDIS_URL", "http://x", "redis://"),
         ("RTS_REDIS_URL", "redis://u:s3cret@h:port", "valid URL"),

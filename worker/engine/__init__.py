@@ -21,7 +21,11 @@ Progress = Callable[[str, float], None]
 BUILTIN: Final = {
     "echo": "worker.engine.echo:EchoEngine",
     "torch": "worker.engine.torch_engine:TorchEngine",
+    "vllm": "worker.engine.vllm_engine:VllmEngine",
 }
+
+_EXTRAS: Final = {"vllm": "vllm"}
+"""What to install for an engine that needs more than a worker does; docs/engines.md tells how."""
 
 
 class EngineError(Exception):
@@ -40,7 +44,7 @@ class EngineOptions:
     """What an engine is made from; an engine ignores what it has no use for.
 
     Attributes:
-        engine: "echo", "torch" or `package.module:Class`.
+        engine: "echo", "torch", "vllm" or `package.module:Class`.
         source: the model: a hub id, a local folder, or a GGUF file.
         dtype: "auto", "bfloat16" or "float32".
         backend: what computes the torch engine's models: "cpu", compiled code; "reference",
@@ -141,7 +145,7 @@ def resolve(name: str) -> Callable[[EngineOptions], Any]:
         if name in BUILTIN:
             raise ImportError(
                 f"the {name} engine needs {error.name or 'a package'}, which cannot be imported "
-                f"({error}): pip install 'realtime-ai-serve[worker]'",
+                f"({error}): pip install 'realtime-ai-serve[{_EXTRAS.get(name, 'worker')}]'",
                 name=error.name,
             ) from error
         raise ImportError(

@@ -89,9 +89,25 @@ def load(source: str, dtype: str, data_dir: Path, progress: Progress = no_progre
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, local_files_only=True, trust_remote_code=False
         )
-        files = _files(folder, model)
+        files = _files(folder, model.config, model.generation_config)
     progress("loading weights", 1.0)
     return LoadedModel(model, files)
+
+
+def describe(folder: Path) -> ModelFiles:
+    """What is published of the model in a folder, for engines that load its weights themselves.
+
+    Raises:
+        ModelLoadError: the folder's config or tokenizer is missing, broken or of no use.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with _explained(str(folder)), _quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        generation = None
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return _files(folder, config, generation)
 
 
 def locate(source: str, data_dir: Path, progress: Progress = no_progress) -> Path:
@@ -220,10 +236,11 @@ def _bar(what: str, progress: Progress) -> Any:
     return Bar
 
 
-def _files(folder: Path, model: Any) -> ModelFiles:
+def _files(folder: Path, config: Any, generation: Any) -> ModelFiles:
+    """Reads the tokenizer; `generation` is the model's generation config, None without one."""
     from transformers import AutoTokenizer
 
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
@@ -240,7 +257,7 @@ def _files(folder: Path, model: Any) -> ModelFiles:
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=template,
         context_length=int(context),
-        eos_ids=_eos_ids(model, tokenizer, template),
+        eos_ids=_eos_ids([generation, config, tokenizer], tokenizer, template),
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         vocab_size=int(config.vocab_size),
@@ -273,10 +290,9 @@ def _advice(folder: Path) -> dict[str, float]:
     return found
 
 
-def _eos_ids(model: Any, tokenizer: Any, template: str | None) -> tuple[int, ...]:
+def _eos_ids(sources: list[Any], tokenizer: Any, template: str | None) -> tuple[int, ...]:
     """Every id that ends an answer, whichever of a model's files says so."""
     found: set[int] = set()
-    sources = [model.generation_config, model.config.get_text_config(decoder=True), tokenizer]
     for ids in (getattr(source, "eos_token_id", None) for source in sources if source is not None):
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
