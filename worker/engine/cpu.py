@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worker.engine.backend import Batch
 from worker.engine.blocks import BLOCK_SIZE
@@ -141,8 +142,8 @@ class CpuBackend:
 
     def _logits(self, rows: int) -> torch.Tensor:
         address, stride = self._handle.logits()
-        kind = ctypes.c_float * (self._outs * stride)
-        values = torch.from_numpy(np.frombuffer(kind.from_address(address), np.float32))
+        memory = (ctypes.c_float * (self._outs * stride)).from_address(address)
+        values = torch.from_numpy(np.ctypeslib.as_array(memory))
         return values.view(self._outs, stride)[:rows, : self.vocab_size]
 
 
@@ -179,7 +180,7 @@ def _draws(step: CStep, draws: Sequence[Draw]) -> list[Any]:
     """Points a structure to what decides its rows; returns what it points to."""
     sampling = [draw.sampling for draw in draws]
     seen = [draw.seen for draw in draws]
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "temperature": np.array([s.temperature for s in sampling], np.float32),
         "top_p": np.array([s.top_p for s in sampling], np.float32),
         "min_p": np.array([s.min_p for s in sampling], np.float32),

@@ -187,7 +187,7 @@ class Dense:
         return tensor.detach().to(self.dtype).contiguous()
 
     def _norm(self, module: Any) -> torch.Tensor:
-        weight = module.weight.detach().float()
+        weight: torch.Tensor = module.weight.detach().float()
         return (weight + 1 if self._family.adds_one else weight).contiguous()
 
     def _rope(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

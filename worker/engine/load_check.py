@@ -21,7 +21,9 @@ CHECK_OUTS: Final = 2 * max(end - start for start, end in _PIECES)
 LEAST_BLOCKS: Final = 2 * blocks_for(_ROWS)
 """A smaller cache could not be checked."""
 
-_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Relative to the norm of all logits. Two right ways to round bf16 differ by up to 8 % in small random
+models, by 1 to 2 % in trained ones; what is computed wrongly differs by far more."""
 
 
 def refuse_by_config(model: Any) -> None:
@@ -71,7 +73,7 @@ class LoadCheck:
             output = model(input_ids=self._ids.to(model.device), use_cache=False)
             model.set_attn_implementation(before)
         self._expected = output.logits.float().cpu()
-        self._tolerance = _TOLERANCE.get(model.dtype, 6e-2)
+        self._tolerance = _TOLERANCE.get(model.dtype, 0.1)
 
     def difference(self, backend: Backend) -> str:
         """Runs both sequences in pieces, side by side.

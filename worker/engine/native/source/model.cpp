@@ -273,7 +273,7 @@ class Decoder final : public Engine {
         const int rows = int(s.rows), threads = team_.size();
         const Share own(rows, thread, threads);
         for (int r = own.first; r < own.last; r++)
-            embed(embedding_.data() + size_t(s.ids[r]) * shape_.hidden, shape_.hidden,
+            embed(embedding_.data() + size_t(s.ids[r]) * shape_.hidden, shape_.hidden, width_,
                   shape_.embedding_scale, row(x_, r, width_));
         for (int i = 0; i < shape_.layers; i++) {
             Layer<T>& l = layers_[i];

@@ -23,10 +23,12 @@ inline void add_to(float* x, const float* y, int width) {
     for (int j = 0; j < width; j += LANES) store(x + j, add(load(x + j), load(y + j)));
 }
 
-// x = embedding * scale. The embedding has no padding.
+// x = embedding * scale. The embedding has no padding; that of x may hold what a failed sequence
+// made of it, since zero times no number is none.
 template <class T>
-inline void embed(const T* embedding, int size, float scale, float* x) {
+inline void embed(const T* embedding, int size, int width, float scale, float* x) {
     for (int j = 0; j < size; j++) x[j] = to_float(embedding[j]) * scale;
+    for (int j = size; j < width; j++) x[j] = 0;
 }
 
 // One head of queries or keys, in float32: its own norm if it has one, then rotary positions by
