@@ -22,8 +22,8 @@ LEAST_BLOCKS: Final = 2 * blocks_for(_ROWS)
 """A smaller cache could not be checked."""
 
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Relative to the norm of all logits. Two right ways to round bf16 differ by up to 8 % in small random
-models, by 1 to 2 % in trained ones; what is computed wrongly differs by far more."""
+"""Relative to the norm of all logits. Two right ways to round bf16 differ by up to 8 % in small
+random models, by 1 to 2 % in trained ones; what is computed wrongly differs by far more."""
 
 
 def refuse_by_config(model: Any) -> None:
