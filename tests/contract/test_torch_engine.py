@@ -220,9 +220,11 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     plain = [expected(model, prompt, 24).tokens for prompt in texts]
     right = [expected(model, prompt, 24, repetition_penalty=1.6) for prompt in texts]
     assert [one.tokens for one in right] != plain
-    requests = [EngineRequest(str(i), p, sampling) for i, p in enumerate(texts)]
-    # Short of blocks, so that some are computed again after they gave way.
-    engine = engine_of(model, blocks=13, step_rows=40)
+    # Short of blocks, and the later ones go first: some are computed again after they gave way.
+    requests = [
+        EngineRequest(str(i), p, sampling, priority=2 - i % 3) for i, p in enumerate(texts)
+    ]
+    engine = engine_of(model, blocks=blocks_for(160), step_rows=40)
     got = run(engine, requests, 1)
     assert engine.stats().preemptions > 0
     for i, one in enumerate(right):
@@ -370,10 +372,17 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
+    def step(self, batch: Any) -> Any:
+        self._taste(batch)
+        return self._backend.step(batch)
+
     def sample(self, batch: Any, draws: Any) -> Any:
+        self._taste(batch)
+        return self._backend.sample(batch, draws)
+
+    def _taste(self, batch: Any) -> None:
         if bool((batch.ids == self._poison).any()):
             raise RuntimeError("poison")
-        return self._backend.sample(batch, draws)
 
 
 @pytest.mark.parametrize("raises", [True, False])
@@ -535,14 +544,14 @@ def test_a_cache_that_is_too_small_is_told_by_its_setting(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("no room")])
 def test_missing_memory_is_a_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
     engine = engine_of(tiny_model("llama"))
     monkeypatch.setattr(engine, "_rehearse_all", full)
     with pytest.raises(EngineError, match=r"RTS_KV_CACHE_MB .*no room"):
         engine.warm_up()
-    monkeypatch.setattr(torch_engine, "ReferenceBackend", full)
+    monkeypatch.setattr(torch_engine, "make_backend", full)
     with pytest.raises(EngineError, match=r"RTS_KV_CACHE_MB .*no room"):
         engine_of(tiny_model("llama"))
 
