@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -162,6 +163,8 @@ def _words(load: Load) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; the exit status."""
     screen = Screen()
+    # As Ctrl-C does: or what the rivals started would go on, and spoil what is measured next.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         plan = _plan(_parser().parse_args(argv), screen)
         binary, _ = find_binary()

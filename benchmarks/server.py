@@ -83,6 +83,9 @@ class Server:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        # A program that ended before us has no family any more, but what it left is of its group.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._lifeline.close()
         self._log.close()
 

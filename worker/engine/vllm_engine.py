@@ -319,8 +319,8 @@ def mend_generators(worker: Any) -> None:
         def get_offset(self) -> int:
             return 0
 
-        def set_offset(self, offset: int) -> None:
-            pass
+        def set_offset(self, offset: int) -> torch.Generator:
+            return self
 
     torch.Generator = Generator  # type: ignore[misc]
 
