@@ -6,6 +6,8 @@ A thin adapter: ids in, ids out. What vLLM cannot do as the interface would have
   stream that another engine began goes on with other draws, so the engines are different versions
   of a model. And vLLM's kernels are not batch-invariant: in bfloat16 a continuation after a
   worker's death may differ from an unbroken run after some tokens, greedy or not.
+- What another engine generated is a prompt to vLLM: its presence and frequency penalties count
+  from there on.
 - Priorities are vLLM's: they decide who starts, and who is preempted when its cache is full; a high
   one does not preempt a running low one to get its place in the batch.
 - A step fails as a whole: there is no telling whose fault it was, so the engine ends.
@@ -356,6 +358,10 @@ def _sampling(sequence: Sequence, info: EngineInfo) -> SamplingParams:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
         seed=_bits(sequence) if sampling.temperature >= _GREEDY else None,
         stop_token_ids=sorted(stops),
         # Its end ids are among the stops: vLLM's own idea of them comes from its tokenizer.
