@@ -111,6 +111,9 @@ class CpuBackend:
         except BaseException:
             self._handle.close()
             raise
+        # Two teams of threads on the same cores cost half of the speed: torch's, which spin after
+        # each parallel operation, have nothing to do any more.
+        torch.set_num_threads(1)
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Computes the rows; see `Backend.step`."""
