@@ -118,19 +118,28 @@ struct Softmax {
     // Returns what earlier results are to be multiplied with.
     template <class T>
     float fold(float* scores, int count, int from, int to, const Look& look, T* weights) {
-        const Vec scale = broadcast(look.scale);
-        for (int j = 0; j < count; j += LANES) store(scores + j, mul(load(scores + j), scale));
-        if (look.soft_cap) soft_cap(scores, count, look.soft_cap);
-        if (from > 0) std::fill(scores, scores + from, NEVER);
-        if (to < count) std::fill(scores + to, scores + count, NEVER);
+        float scale = look.scale;
+        if (look.soft_cap) {
+            for (int j = 0; j < count; j += LANES)
+                store(scores + j, mul(load(scores + j), broadcast(scale)));
+            soft_cap(scores, count, look.soft_cap);
+            scale = 1;
+        }
+        // Whole vectors outside are passed over.
+        from = std::max(from, 0), to = std::min(to, count);
+        const int first = from / LANES * LANES, last = (to + LANES - 1) / LANES * LANES;
+        std::fill(scores + first, scores + from, NEVER);
+        std::fill(scores + to, scores + last, NEVER);
+        std::memset(weights, 0, first * sizeof(T));
+        std::memset(weights + last, 0, (count - last) * sizeof(T));
         Vec high = broadcast(NEVER);
-        for (int j = 0; j < count; j += LANES) high = max(high, load(scores + j));
+        for (int j = first; j < last; j += LANES) high = max(high, load(scores + j));
         const float before = most;
-        most = std::max(most, largest(high));
-        const Vec shift = broadcast(most);
+        most = std::max(most, largest(high) * scale);
+        const Vec factor = broadcast(scale), shift = broadcast(-most);
         Vec sums = zero();
-        for (int j = 0; j < count; j += LANES) {
-            Vec e = exp(sub(load(scores + j), shift));
+        for (int j = first; j < last; j += LANES) {
+            Vec e = exp(fma(load(scores + j), factor, shift));
             sums = add(sums, e);
             store(weights + j, e);
         }

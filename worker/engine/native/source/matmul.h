@@ -37,10 +37,10 @@ inline void multiply_vectors(const T* a, size_t stride, const T* panel, int dept
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r][v] = zero();
     for (int k = 0; k < depth; k += D) {
-        const T* w = panel + size_t(k) * PANEL;
+        const T* w = panel + place_in_panel<T>(k, 0);
         __builtin_prefetch(w + 2048 * D);
         Lanes<T> lanes[V];
-        for (int v = 0; v < V; v++) lanes[v] = load_lanes(w + v * LANES * D);
+        for (int v = 0; v < V; v++) lanes[v] = load_lanes(w + place_in_panel<T>(0, v * LANES));
         for (int r = 0; r < R; r++) {
             Factor<T> x = factor(a + r * stride + k);
             for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], lanes[v], x);
@@ -76,7 +76,7 @@ template <>
 inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* panel, int depth,
                            float* out, bool streams) {
     const size_t row_bytes = stride * sizeof(bf16);
-    constexpr int W = PANEL * sizeof(bf16) * 2;  // bytes of a pair of inputs in the panel
+    constexpr int W = 64, NEXT = TILE_DEPTH * TILE_COLUMNS;
     auto fetch = [&](const bf16* w) {
         if (!streams) return;  // it is near already
         const char* ahead = reinterpret_cast<const char*>(w) + AHEAD_BYTES;
@@ -93,7 +93,7 @@ inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* p
             _tile_loadd(4, a + k, row_bytes);
             _tile_loadd(6, w, W);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + 32, W);
+            _tile_loadd(7, w + NEXT, W);
             _tile_dpbf16ps(1, 4, 7);
             _tile_loadd(5, a + 16 * stride + k, row_bytes);
             _tile_dpbf16ps(2, 5, 6);
@@ -108,7 +108,7 @@ inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* p
             _tile_loadd(4, a + k, row_bytes);
             _tile_loadd(6, w, W);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + 32, W);
+            _tile_loadd(7, w + NEXT, W);
             _tile_dpbf16ps(1, 4, 7);
         }
     }

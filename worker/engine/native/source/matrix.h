@@ -10,9 +10,13 @@ namespace rts {
 // Columns of a panel: two tiles of AMX, two or four vectors.
 constexpr int PANEL = 32;
 
-// A linear layer, y = x W' + b, with W in panels of PANEL outputs: [panel][inner / DEPTH][PANEL]
-// [DEPTH]. A panel is read from its beginning to its end, once for each block of rows of x, so it
-// streams from memory; 32 outputs of bf16 are two tiles side by side, or two vectors.
+// Inner dimension of a tile, and its columns.
+constexpr int TILE_DEPTH = 32, TILE_COLUMNS = 16;
+
+// A linear layer, y = x W' + b, with W in panels of PANEL outputs, and a panel in tiles:
+// [panel][inner / TILE_DEPTH][2][TILE_DEPTH / DEPTH][TILE_COLUMNS][DEPTH]. A panel is read from its
+// beginning to its end, once for each block of rows of x, so it streams from memory; a tile of bf16
+// is one of AMX, 1 KiB side by side, and a line of it is one or two vectors.
 // What fills up the last panel and the inner dimension is zero.
 template <class T>
 struct Matrix {
@@ -40,6 +44,16 @@ inline int source_row(Order order, int outputs, int column) {
     return column % PANEL < 16 ? index : half + index;
 }
 
+// Where a weight is in its panel.
+template <class T>
+size_t place_in_panel(int k, int column) {
+    constexpr int D = DEPTH<T>;
+    const size_t tile = size_t(k / TILE_DEPTH) * 2 + column / TILE_COLUMNS;
+    const int line = k % TILE_DEPTH / D;
+    return tile * TILE_DEPTH * TILE_COLUMNS + (line * TILE_COLUMNS + column % TILE_COLUMNS) * D +
+           k % D;
+}
+
 template <class T>
 Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order) {
     Matrix<T> m;
@@ -47,7 +61,6 @@ Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order
     m.panels =
         order == Order::plain ? round_up(outputs, PANEL) / PANEL : round_up(outputs / 2, 16) / 16;
     m.weights = Array<T>(size_t(m.panels) * PANEL * m.depth);
-    constexpr int D = DEPTH<T>;
     team.run([&](int thread) {
         Share share(m.panels, thread, team.size());
         for (int p = share.first; p < share.last; p++) {
@@ -56,7 +69,7 @@ Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order
                 int row = source_row(order, outputs, p * PANEL + c);
                 if (row < 0) continue;
                 const T* from = source + size_t(row) * inputs;
-                for (int k = 0; k < inputs; k++) panel[(k / D * PANEL + c) * D + k % D] = from[k];
+                for (int k = 0; k < inputs; k++) panel[place_in_panel<T>(k, c)] = from[k];
             }
         }
     });

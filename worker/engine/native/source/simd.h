@@ -3,7 +3,8 @@
 //
 // A multiplication takes DEPTH neighbours of the inner dimension at once: two bf16 (what one
 // 32-bit lane holds), or one float. Everything that is multiplied - weights, keys, values - is laid
-// out as [inner / DEPTH][outer][DEPTH], so one kernel serves both types on all processors.
+// out as [inner / DEPTH][outer][DEPTH], in tiles or whole, so one kernel serves both types
+// everywhere.
 #pragma once
 
 #include <immintrin.h>
