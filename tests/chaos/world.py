@@ -150,7 +150,7 @@ class World(Cluster):
         """Starts one process, able to take orders."""
         return super().start(
             role,
-            env={engine.ORDERS: str(self.orders), **(env or {})},
+            env={engine.ORDERS: str(self.orders), "PYTHONFAULTHANDLER": "1", **(env or {})},
             launcher=launcher
             or (("-m", "realtime_serve.cli") if role == "control" else self.launcher),
             **settings,
@@ -184,7 +184,11 @@ class World(Cluster):
                 ready, _ = self.get("/readyz", gateway.port)
                 if status == ready == 200 and len(body["workers"]) >= workers:
                     break
-                assert time.monotonic() < deadline, (status, ready, body)
+                if time.monotonic() > deadline:
+                    # With PYTHONFAULTHANDLER it says where it stands.
+                    gateway.signal(signal.SIGABRT)
+                    time.sleep(1.0)
+                    raise AssertionError((status, ready, body, gateway.log.read_text()[-4000:]))
                 time.sleep(0.02)
 
     def order(self, what: str) -> None:

@@ -117,7 +117,7 @@ async def test_who_has_seen_more_than_a_failover_left_waits_for_what_follows(sit
     assert status == 200, rest
     assert first[-1].id < 30
     assert text_of(rest) == letters(5, 40)[30:]
-    assert [event.id for event in rest if event.data != "[DONE]"][0] == 31
+    assert next(event.id for event in rest if event.data != "[DONE]") == 31
 
 
 async def test_a_chat_is_resumed_in_its_own_format(site: Site) -> None:
