@@ -41,6 +41,7 @@ async def dawdle(stage: Stage) -> None:
             world.mark()
             await asyncio.sleep(2.0)
         await playing
+        await stage.ledger.check_budget(f"slow{number}", late)
         took = min(stream.arrivals[-1] for stream in late) - began
         needed = 600 * int(world.settings["echo_step_ms"]) / 1000
         stage.proof(took > 2 * needed, f"clients slower than the engine ({took:.1f} s)")
@@ -150,6 +151,8 @@ async def overload(stage: Stage) -> None:
         world.mark()
         await load.play(streams)
         refused = [s for s in streams if s.refused_s]
+        for stream in streams:
+            await stage.ledger.check_budget(stream.caller, [stream])
         for stream in refused:
             load.streams.remove(stream)
             if stream.refused_s[0] > 1.5:
@@ -169,8 +172,7 @@ SCENARIOS = (
         "slow clients",
         dawdle,
         kinds=("keyed", "plain", "chat"),
-        budgets=False,
-        settings={"echo_step_ms": 2, "tokens_per_minute": 0},
+        settings={"echo_step_ms": 2, "tokens_per_minute": 9000},
     ),
     Scenario(
         "1,000 cancels at once",
@@ -181,7 +183,7 @@ SCENARIOS = (
     Scenario(
         "overload, twice the capacity",
         overload,
-        settings={"queue_limit": 20, "max_batch_size": 16, "tokens_per_minute": 0},
-        budgets=False,
+        # Little enough for a bucket still to show what was used when all have ended.
+        settings={"queue_limit": 20, "max_batch_size": 16, "tokens_per_minute": 150},
     ),
 )

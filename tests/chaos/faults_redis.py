@@ -159,6 +159,7 @@ async def flushed(stage: Stage) -> None:
         await world.ready(2)
         again: list[Stream] = [load.make(f"again{number}", "keyed") for _ in range(20)]
         await load.play(again)
+        await stage.ledger.check_budget(f"again{number}", again)
         # The next round takes the facts away.
         await stage.ledger.close_accounts(load.streams)
         for stream in again:
@@ -271,8 +272,7 @@ SCENARIOS = (
         fast=True,
         breaks=True,
         tokens=(250, 300),
-        budgets=False,
-        settings={"tokens_per_minute": 0},
+        settings={"tokens_per_minute": 10_000},
     ),
     Scenario("CLIENT KILL of all connections", kill_clients, fast=True),
 )
