@@ -160,6 +160,13 @@ class World(Cluster):
         """The processes of a role that live."""
         return [p for p in self.processes if p.role == role and p.popen.poll() is None]
 
+    @property
+    def killed_gateways(self) -> int:
+        """How many died by SIGKILL."""
+        return sum(
+            p.role == "gateway" and p.popen.poll() == -signal.SIGKILL for p in self.processes
+        )
+
     def again(self, process: Process) -> Process:
         """Another process in the place of one that ended."""
         settings = {"port": process.port} if process.port else {}
