@@ -88,25 +88,28 @@ async def _post_all(urls: list[str], streams: list[Stream]) -> None:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def post(stream: Stream) -> None:
-            async with (
-                gate,
-                session.post(
-                    f"{urls[0]}/infer_stream",
-                    json={
-                        "model": "echo",
-                        "prompt": "x",
-                        "max_tokens": stream.max_tokens,
-                        "seed": stream.seed,
-                        "client_id": stream.caller,
-                    },
-                    headers={"X-Resumable": "60"},
-                ) as reply,
-            ):
-                if reply.status != 200:
-                    stream.wrong.append(f"not accepted: {reply.status} {await reply.text()}")
-                    return
-                stream.rid = reply.headers["X-Request-Id"]
-                reply.close()
+            body = {
+                "model": "echo",
+                "prompt": "x",
+                "max_tokens": stream.max_tokens,
+                "seed": stream.seed,
+                "client_id": stream.caller,
+            }
+            headers = {"X-Resumable": "60"}
+            # An overloaded gateway says so, and is asked again.
+            for _ in range(20):
+                async with (
+                    gate,
+                    session.post(f"{urls[0]}/infer_stream", json=body, headers=headers) as reply,
+                ):
+                    if reply.status == 200:
+                        stream.rid = reply.headers["X-Request-Id"]
+                        reply.close()
+                        return
+                    text = f"{reply.status} {await reply.text()}"
+                    if reply.status != 503:
+                        break
+            stream.wrong.append(f"not accepted: {text}")
 
         await asyncio.gather(*map(post, streams))
 

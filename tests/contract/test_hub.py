@@ -109,7 +109,7 @@ async def test_a_lost_message_is_read_from_the_log(hub: Hub, store: Store) -> No
 async def test_the_end_of_an_attempt_that_was_taken_back_ends_nothing(
     hub: Hub, store: Store
 ) -> None:
-    """A repeated Idempotency-Key subscribes first, and is queued after the end of the one before."""
+    """A repeated Idempotency-Key is subscribed before the attempt that broke is taken back."""
     reader = await hub.subscribe(RID)
     before = messages.encode(messages.End(1, "cancelled"))
     await store.client.publish(keys.log(RID), b"0-1 " + before)
