@@ -11,8 +11,9 @@ from shared.store import Store, unavailable
 
 PAGE = 500
 """Facts read at once."""
-STALE_MS = 30_000
-"""Facts that another control process read this long ago and did not settle are taken over."""
+STALE_MS = 3_000
+"""Facts that another control process read this long ago and did not settle are taken over; too
+early does no harm."""
 
 
 async def settle(store: Store, consumer: str) -> int:

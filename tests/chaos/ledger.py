@@ -149,7 +149,7 @@ class Ledger:
     async def _orphan_charges(self) -> int:
         """Tokens that were charged and belong to no request."""
         names = [name async for name in self._client.scan_iter("rts:charge:*", count=1000)]
-        return sum(int(await self._client.get(name) or 0) for name in names)
+        return sum([int(await self._client.get(name) or 0) for name in names])
 
     async def close_accounts(self, streams: list[Stream]) -> None:
         """Once all is over: nothing is left, and every request ended exactly once."""
