@@ -11,8 +11,9 @@ from shared.store import Store, unavailable
 
 PAGE = 500
 """Facts read at once."""
-STALE_MS = 30_000
-"""Facts that another control process read this long ago and did not settle are taken over."""
+STALE_MS = 3_000
+"""Facts that another control process read this long ago and did not settle are taken over; too
+early does no harm."""
 
 
 async def settle(store: Store, consumer: str) -> int:
@@ -27,23 +28,30 @@ async def settle(store: Store, consumer: str) -> int:
     await _ensure_group(store)
     settled = 0
     async with unavailable():
-        reply: Any = await store.client.xautoclaim(
-            keys.ENDED, keys.CONTROL_GROUP, consumer, STALE_MS, count=PAGE
+        await store.client.xautoclaim(
+            keys.ENDED, keys.CONTROL_GROUP, consumer, STALE_MS, count=PAGE, justid=True
         )
-    facts = reply[1]
-    while True:
-        for entry_id, fact in facts:
-            await _settle_one(store, entry_id.decode(), fact)
-            async with unavailable():
-                await store.client.xack(keys.ENDED, keys.CONTROL_GROUP, entry_id)
-            settled += 1
-        async with unavailable():
-            page: Any = await store.client.xreadgroup(
-                keys.CONTROL_GROUP, consumer, {keys.ENDED: ">"}, count=PAGE
-            )
-        if not page:
-            return settled
-        facts = page[0][1]
+    # First its own: those just claimed, and what an earlier round read and did not get to.
+    for after in ("0", ">"):
+        while page := await _read(store, consumer, after):
+            for entry_id, fact in page:
+                # A fact that was trimmed meanwhile has no fields.
+                if fact:
+                    await _settle_one(store, entry_id.decode(), fact)
+                async with unavailable():
+                    await store.client.xack(keys.ENDED, keys.CONTROL_GROUP, entry_id)
+                settled += 1
+    return settled
+
+
+async def _read(
+    store: Store, consumer: str, after: str
+) -> list[tuple[bytes, dict[bytes, bytes] | None]]:
+    async with unavailable():
+        reply: Any = await store.client.xreadgroup(
+            keys.CONTROL_GROUP, consumer, {keys.ENDED: after}, count=PAGE
+        )
+    return reply[0][1] if reply else []
 
 
 async def _settle_one(store: Store, fact_id: str, fact: dict[bytes, bytes]) -> None:

@@ -109,6 +109,11 @@ class Subscription:
             elif self._live:
                 entry = messages.read_frame(self._live.popleft())
                 from_log = False
+                if isinstance(entry.event, messages.End) and not entry.event.answered:
+                    # Not this one's, perhaps: a repeated Idempotency-Key is subscribed before the
+                    # attempt that broke is taken back. The log is of the one that was queued last.
+                    self._stale = True
+                    continue
             elif self._gone:
                 raise LogExpired(self.rid)
             else:

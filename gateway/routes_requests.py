@@ -48,9 +48,10 @@ async def resume(request: web.Request) -> web.StreamResponse:
     record, caller = await _find(request)
     if record.ended and not record.log_exists:
         raise RequestGone("The tokens of this request are not kept any more")
-    if after is not None and after > record.seq:
+    # While it runs, a failover may have taken back tokens that a client has seen; they come again.
+    if after is not None and record.ended and after > record.seq:
         raise InvalidRequest(
-            f"Last-Event-ID {after} is beyond this stream, which has {record.seq} tokens so far",
+            f"Last-Event-ID {after} is beyond this stream, which has {record.seq} tokens",
             "Last-Event-ID",
         )
     subscription = await edge.hub.subscribe(record.rid, after or 0, replay=True)

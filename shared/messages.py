@@ -175,6 +175,11 @@ class End(Message, frozen=True):
     message: str = ""
     timings: dict[str, float] = {}
 
+    @property
+    def answered(self) -> bool:
+        """Whether its answer is whole."""
+        return self.reason in ("stop", "length")
+
 
 class EngineCard(Message, frozen=True):
     """What a live engine says of itself each second.

@@ -101,6 +101,20 @@ class Member:
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    def lose(self, primary: Member) -> None:
+        """This replica hears no more from its primary, which has none left then."""
+        # It cannot log in again. Packets held back would still arrive after the primary's death.
+        self.client.config_set("masterauth", "not any more")
+        primary.client.client_kill_filter(_type="slave")
+        deadline = time.monotonic() + READY_S
+        while primary.client.info("replication")["connected_slaves"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def find(self) -> None:
+        """It may log in again."""
+        self.client.config_set("masterauth", PASSWORD)
+
     def role(self) -> str:
         """What it believes to be: master or slave."""
         role: Any = self.client.role()

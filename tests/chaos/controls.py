@@ -22,14 +22,27 @@ def _without(part: str, name: str, scenario: Scenario) -> Scenario:
     )
 
 
+def _lax(scenario: Scenario) -> Scenario:
+    """Gateways that accept what only the primary has."""
+    return replace(
+        scenario,
+        name="control: not strict; failover to a replica that lags",
+        expect_wrong=True,
+        stalls="none",
+        settings={**scenario.settings, "strict": 0},
+    )
+
+
 def _named(scenarios: tuple[Scenario, ...], name: str) -> Scenario:
     return next(s for s in scenarios if s.name.startswith(name))
 
 
 SCENARIOS = (
-    _without("fence", "no fence", _named(faults_worker.SCENARIOS, "worker SIGSTOP")),
+    _without("fence", "no fence", _named(faults_worker.SCENARIOS, "two zombies")),
+    _without("order", "no fence, any order", _named(faults_worker.SCENARIOS, "worker SIGSTOP")),
     _without(
         "sequence", "no sequence check", _named(faults_network.SCENARIOS, "pub/sub messages lost")
     ),
     _without("refill", "no refill", _named(faults_redis.SCENARIOS, "CLIENT KILL")),
+    _lax(_named(faults_redis.SCENARIOS, "failover to a replica that lags")),
 )

@@ -1,7 +1,8 @@
 """The negative control: processes that lack one part of the delivery protocol.
 
 `python -m chaos.crippled <part> <role> ...` runs a role as the command line does, without
-- fence: emit does not ask who owns a request, nor which token comes next;
+- fence: emit does not ask who owns a request;
+- order: nor which token comes next, and gateways take what comes;
 - sequence: gateways hand on whatever comes, as it comes;
 - refill: gateways do not read from the log what they missed.
 """
@@ -19,23 +20,34 @@ from shared import messages
 
 
 def without_fence() -> None:
+    """Whoever has the next token of a request writes it."""
+    _cripple_emit(("own ~= ARGV[i + 1] .. ':' .. engine", "false"))
+
+
+def without_order() -> None:
     """What is emitted is appended behind what is there, whoever sends it."""
+    _cripple_emit(
+        ("own ~= ARGV[i + 1] .. ':' .. engine", "false"),
+        (
+            "local own, seq, st = v[1], v[2], v[3]",
+            "local own, seq, st = v[1], v[2], v[3]\n"
+            "  last = string.format('%.0f', (seq or 0) + last - before)\n"
+            "  before = seq",
+        ),
+    )
+    without_sequence()
+
+
+def _cripple_emit(*changes: tuple[str, str]) -> None:
     original = shared.store.Script.__init__
 
     def crippled(self: shared.store.Script, client: object, name: str) -> None:
         original(self, client, name)  # type: ignore[arg-type]
         if name == "emit":
-            _replace(self, "own ~= ARGV[i + 1] .. ':' .. engine", "false")
-            _replace(
-                self,
-                "local own, seq, st = v[1], v[2], v[3]",
-                "local own, seq, st = v[1], v[2], v[3]\n"
-                "  last = string.format('%.0f', (seq or 0) + last - before)\n"
-                "  before = seq",
-            )
+            for old, new in changes:
+                _replace(self, old, new)
 
     shared.store.Script.__init__ = crippled  # type: ignore[method-assign]
-    without_sequence()
 
 
 def without_sequence() -> None:
@@ -69,6 +81,7 @@ def _replace(script: shared.store.Script, old: str, new: str) -> None:
 
 PARTS: dict[str, Callable[[], None]] = {
     "fence": without_fence,
+    "order": without_order,
     "sequence": without_sequence,
     "refill": without_refill,
 }

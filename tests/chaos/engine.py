@@ -76,6 +76,18 @@ class Fragile(EchoEngine):
         return True
 
 
+class Signed(Fragile):
+    """Generates what says in whose ownership it was generated: each epoch has letters of its own.
+
+    Two engines that both think that they own a request so write different tokens, as they do with
+    a model whose numbers depend on the rest of the batch.
+    """
+
+    def add(self, request: EngineRequest) -> None:
+        epoch = int(request.rid.rpartition(":")[2])
+        super().add(dataclasses.replace(request, choice=epoch))
+
+
 def _sleep(seconds: float) -> None:
     select.select([], [], [], seconds)
 

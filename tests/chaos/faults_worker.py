@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from chaos.engine import MOMENTS, POISON
+from chaos.owners import SIGNED
 from chaos.play import Scenario, Stage
 from chaos.world import is_stopped
+from shared import keys
 
 
 async def _settle(stage: Stage, longest_s: float = 0.4) -> None:
@@ -66,6 +68,40 @@ async def zombie(stage: Stage) -> None:
             await asyncio.sleep(1.6 + stage.rng.random())
             victim.signal(signal.SIGCONT)
             await asyncio.sleep(0.5)
+
+
+async def two_zombies(stage: Stage) -> None:
+    """Two workers in turn: the first wakes while the one that took its requests stands still.
+
+    The first generates again what its successor has written, comes past that, and writes.
+    """
+    world, load = stage.world, stage.load
+    async with load.running():
+        async for _ in stage.each_round():
+            first, second = stage.rng.sample(world.of("worker"), 2)
+            world.mark()
+            first.signal(signal.SIGSTOP)
+            await _second_owners(stage)
+            await asyncio.sleep(0.2)
+            second.signal(signal.SIGSTOP)
+            await asyncio.sleep(0.1)
+            stage.proof(is_stopped(second.pid), "a second worker that stands still")
+            first.signal(signal.SIGCONT)
+            # Now and then for longer than a lease: the first one owns them once more.
+            await asyncio.sleep(0.8 + stage.rng.random())
+            second.signal(signal.SIGCONT)
+            await asyncio.sleep(0.5)
+
+
+async def _second_owners(stage: Stage) -> None:
+    """Until requests under way have been taken over."""
+    client = stage.world.client
+    async with asyncio.timeout(10):
+        while True:
+            under_way = [s for s in stage.load.streams if s.rid and not s.ended]
+            if any(int(client.hget(keys.request(s.rid), "ep") or 0) > 1 for s in under_way):
+                return
+            await asyncio.sleep(0.02)
 
 
 async def hang(stage: Stage) -> None:
@@ -165,6 +201,15 @@ SCENARIOS = (
     Scenario("worker SIGKILL", kill, fast=True, stalls="moved"),
     *(kill_at(moment) for moment in MOMENTS),
     Scenario("worker SIGSTOP, wakes later (zombie)", zombie, fast=True, stalls="moved", **_LONG),
+    Scenario(
+        "two zombies in turn, tokens by owner",
+        two_zombies,
+        fast=True,
+        stalls="moved",
+        kinds=("keyed", "keyed", "chat", "infer", "flaky"),
+        tokens=(100, 160),
+        settings={"tokens_per_minute": 6000, "engine": SIGNED},
+    ),
     Scenario("engine hangs, event loop lives", hang, stalls="moved", **_LONG),
     Scenario(
         "worker SIGTERM (drain)",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 import redis.asyncio as aioredis
 
+from chaos.owners import wrong_owner
 from chaos.world import KEEP_S
 from shared import keys, messages
 
@@ -65,15 +66,15 @@ class Ledger:
 
     async def check_log(self, stream: Stream) -> None:
         """What a client saw is what the log says, and is what was to be generated."""
-        name = keys.request(stream.rid)
-        found: list[Any] = await self._ask(
-            lambda: self._client.hmget(name, "seq", "ep", "reason", "t0")
-        )
+        while True:
+            client = self._client
+            found, entries = await self._read(stream)
+            if client is self._client:
+                break
         if found[0] is None:
             if stream.complete:
                 stream.wrong.append("its request is gone before its time")
             return
-        entries = await self._ask(lambda: self._client.xrange(keys.log(stream.rid)))
         stream.moves = max(0, int(found[1]) - 1)
         self._began[stream.caller] = min(
             self._began.get(stream.caller, 1 << 62), int(found[3]) * 1000 - _BUCKET_EPOCH_US
@@ -83,12 +84,29 @@ class Ledger:
         read = [messages.read_entry(entry_id, fields[b"d"]) for entry_id, fields in entries]
         tokens = [t for e in read if isinstance(e.event, messages.Tokens) for t in e.event.tokens]
         ends = [e for e in read if isinstance(e.event, messages.End)]
-        if "".join(token.text for token in tokens) != stream.expected:
+        text = "".join(token.text for token in tokens)
+        if text != (stream.text if stream.signed else stream.expected):
             stream.wrong.append("its log holds another text")
+        if stream.signed and (what := wrong_owner(stream.seed, text, int(found[1]))):
+            stream.wrong.append(what)
         if len(tokens) != stream.tokens or int(found[0]) != stream.tokens:
             stream.wrong.append(f"its log holds {len(tokens)} tokens, seq is {found[0]!r}")
         if len(ends) != 1 or read[-1] is not ends[0]:
             stream.wrong.append(f"{len(ends)} ends in its log")
+
+    async def _read(self, stream: Stream) -> tuple[list[Any], list[Any]]:
+        """What there is of a request: some fields, and its log."""
+        name = keys.request(stream.rid)
+        if self._world.pair is not None and stream.complete:
+            # A failover may have taken an end back that a client has seen; it is written again.
+            deadline = time.monotonic() + SETTLED_S
+            while await self._ask(lambda: self._client.hget(name, "st")) not in (b"e", None):
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.05)
+        found = await self._ask(lambda: self._client.hmget(name, "seq", "ep", "reason", "t0"))
+        entries = await self._ask(lambda: self._client.xrange(keys.log(stream.rid)))
+        return found, entries
 
     async def check_budget(self, caller: str, streams: list[Stream]) -> None:
         """A caller has paid for what it used, not more and not less.
@@ -116,13 +134,22 @@ class Ledger:
             if tat is None:
                 return
             paid = (float(tat) - first) / self._step_us
-            if abs(paid - used) * self._step_us <= BUDGET_SLACK_US:
+            over = paid - used
+            if over > 0 and self._world.killed_gateways:
+                # One that died between charging and queueing: its charge is still there.
+                over = max(0, over - await self._orphan_charges())
+            if abs(over) * self._step_us <= BUDGET_SLACK_US:
                 self.budgets += 1
                 return
             if time.monotonic() > deadline:
                 self.wrong.append(f"{caller} paid {paid:.1f} tokens and used {used}")
                 return
             await asyncio.sleep(0.25)
+
+    async def _orphan_charges(self) -> int:
+        """Tokens that were charged and belong to no request."""
+        names = [name async for name in self._client.scan_iter("rts:charge:*", count=1000)]
+        return sum([int(await self._client.get(name) or 0) for name in names])
 
     async def close_accounts(self, streams: list[Stream]) -> None:
         """Once all is over: nothing is left, and every request ended exactly once."""
@@ -167,12 +194,11 @@ class Ledger:
         known = {s.rid: s for s in streams if s.rid and not s.closed}
         for rid, stream in known.items():
             ends = facts.pop(rid, [])
-            if stream.refused_s and 1 < len(ends) <= 1 + len(stream.refused_s):
-                # An attempt that was refused may have run until it was taken back, or until its
-                # tokens were not kept any more; the last one is the client's.
+            if len(ends) > 1 and self._taken_back(stream, ends[:-1]):
+                # The last one is the client's.
                 ends = ends[-1:]
             if len(ends) != 1:
-                stream.wrong.append(f"ended {len(ends)} times")
+                stream.wrong.append(f"ended {len(ends)} times: {[e[b'reason'] for e in ends]}")
                 continue
             has_left = stream.reason == "left" and self.hears_cancels
             if has_left and ends[0][b"reason"].decode() not in OPEN_END:
@@ -191,6 +217,15 @@ class Ledger:
             reasons = [end[b"reason"].decode() for end in ends]
             if len(ends) != 1 or reasons[0] not in OPEN_END:
                 self.wrong.append(f"{rid}, which no client knows, ended as {reasons}")
+
+    def _taken_back(self, stream: Stream, earlier: list[dict[bytes, bytes]]) -> bool:
+        """Whether these ends are of attempts that no client was told of, and that came again."""
+        if len(earlier) <= len(stream.refused_s):
+            # It may have run until it was taken back, or until its tokens were not kept any more.
+            return True
+        # A load balancer comes again by itself after a 503, and tells nobody.
+        unanswered = stream.unanswered or (self._world.proxy and stream.kind != "plain")
+        return bool(unanswered) and all(e[b"reason"].decode() in OPEN_END for e in earlier)
 
     async def _check_lifetimes(self) -> None:
         """Whatever is of one request goes away by itself."""

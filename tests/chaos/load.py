@@ -20,6 +20,7 @@ import aiohttp
 from gateway_site import letters
 
 from chaos.ledger import Ledger
+from chaos.owners import SIGNED
 from chaos.world import World
 
 GROUP = 20
@@ -42,8 +43,10 @@ class Stream:
             slow (reads slower than it comes), plain (nothing special), vanish (leaves for good in
             the middle), cancel (DELETE in the middle).
         expected: its whole text. tokens: how many make it.
+        signed: its tokens say who wrote them instead, see `owners`.
         arrivals: time.monotonic() of each token, so of the last ones after a resume.
         wrong: what may never be. broken: it was told that it failed.
+        refused_s: how long each refusal took. unanswered: POSTs that broke without an answer.
     """
 
     name: str
@@ -64,11 +67,13 @@ class Stream:
     wrong: list[str] = field(default_factory=list)
     broken: str = ""
     refused_s: list[float] = field(default_factory=list)
+    unanswered: int = 0
     resumes: int = 0
     moves: int = 0
     reason: str = ""
     started: float = 0.0
     closed: bool = False
+    signed: bool = False
 
     @property
     def ended(self) -> bool:
@@ -128,6 +133,7 @@ class Load:
         self._name = name
         self._limit_s = limit_s
         self._narrow = narrow
+        self._signed = str(world.settings["engine"]) == SIGNED
         self.rng = rng
         self._seed = rng.getrandbits(62)
         self.ledger = ledger
@@ -190,6 +196,7 @@ class Load:
             stop=stop,
             pause_at=rng.randint(3, most // 2),
             priority=rng.choice(("high", "normal", "low")),
+            signed=self._signed,
             **fields,
         )
         self.streams.append(stream)
@@ -206,7 +213,8 @@ class Load:
                     await self._surviving(stream)
         except Exception as error:
             stream.wrong.append(f"client: {error!r}")
-        if stream.complete and (stream.text != stream.expected or stream.seen != stream.tokens):
+        is_right = stream.signed or stream.text == stream.expected
+        if stream.complete and not (is_right and stream.seen == stream.tokens):
             stream.wrong.append(f"{stream.seen} of {stream.tokens} tokens, {stream.text!r}")
         if stream.rid:
             await self.ledger.check_log(stream)
@@ -342,6 +350,7 @@ class Load:
                 else:
                     await self._events(stream, reply)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            stream.unanswered += not stream.rid
             raise Again(repr(error)) from error
         if not stream.ended:
             raise Again("the stream stopped without its end")
@@ -430,7 +439,7 @@ class Load:
         stream.seen = number
         stream.text += text
         stream.arrivals.append(time.monotonic())
-        if not stream.expected.startswith(stream.text):
+        if not (stream.signed or stream.expected.startswith(stream.text)):
             stream.wrong.append(f"token {number} is {text!r}")
 
     async def _misbehave(self, stream: Stream) -> bool:

