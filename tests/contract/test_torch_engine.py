@@ -221,9 +221,7 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     right = [expected(model, prompt, 24, repetition_penalty=1.6) for prompt in texts]
     assert [one.tokens for one in right] != plain
     # Short of blocks, and the later ones go first: some are computed again after they gave way.
-    requests = [
-        EngineRequest(str(i), p, sampling, priority=2 - i % 3) for i, p in enumerate(texts)
-    ]
+    requests = [EngineRequest(str(i), p, sampling, priority=2 - i % 3) for i, p in enumerate(texts)]
     engine = engine_of(model, blocks=blocks_for(160), step_rows=40)
     got = run(engine, requests, 1)
     assert engine.stats().preemptions > 0
