@@ -140,7 +140,7 @@ class Settings:
     )
     threads: int = _setting(
         0,
-        "CPU threads of the engine; 0 = torch's choice, one for each core",
+        "CPU threads of the engine; 0 = one for each core that it may use",
         _WORKER,
         low=0,
         high=1024,

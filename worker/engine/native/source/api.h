@@ -102,7 +102,7 @@ int rts_set(rts_engine* engine, int32_t layer, int32_t part, const void* data, i
 int rts_complete(rts_engine* engine);
 // tokens: [outs], -1 where the logits are no numbers; may be null if nothing is drawn.
 int rts_run(rts_engine* engine, const rts_step* step, int64_t* tokens);
-// Of the last step, [outs][stride], valid until the next.
+// Of the last step that drew nothing, [outs][stride], valid until the next.
 const float* rts_logits(rts_engine* engine, int64_t* stride);
 int rts_clear(rts_engine* engine, int64_t block);
 // Whether the caller computes without the other threads, until it is told otherwise.

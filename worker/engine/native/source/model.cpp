@@ -92,12 +92,14 @@ class Decoder final : public Engine {
     }
 
     void step(const rts_step& step, int64_t* tokens) override {
+        if (step.temperature && !tokens) refuse("tokens need a place");
         check(step);
         plan(step);
+        best_.assign(size_t(team_.size()) * step.outs, Best());
         team_.run([&](int thread) {
             Tiles tiles;
             forward(step, thread);
-            if (tokens && step.temperature) {
+            if (step.temperature) {
                 team_.barrier();
                 draw(step, tokens, thread);
             }
@@ -317,9 +319,11 @@ class Decoder final : public Engine {
             rms_norm(row(x_, int(s.out_rows[i]), width_), norm_final_.data(), shape_.hidden, width_,
                      shape_.norm_eps, row(h_, i, width_));
         team_.barrier();
+        Best* best = best_.data() + size_t(thread) * outs;
         multiply(h_.data(), width_, outs, head_, Share(head_.panels, thread, threads),
                  [&](int p, int r, float* values) {
                      if (shape_.logit_soft_cap) cap_logits(p, values);
+                     if (is_plain(s, r)) return best[r].look_at(values, p * PANEL);
                      float* to = row(logits_, r, vocab_width_) + p * PANEL;
                      for (int j = 0; j < PANEL; j += LANES) store(to + j, load(values + j));
                  });
@@ -406,9 +410,29 @@ class Decoder final : public Engine {
             values[j] = -INFINITY;
     }
 
+    // Whether a row's token is just its most likely one: then its logits are not even stored.
+    static bool is_plain(const rts_step& s, int i) {
+        return s.temperature && s.temperature[i] < GREEDY && s.seen_start[i] == s.seen_start[i + 1];
+    }
+
+    // The threads have looked at the vocabulary in the order of its ids.
+    int64_t best_of(int i, int outs) const {
+        Best best;
+        for (int t = 0; t < team_.size(); t++) {
+            const Best& other = best_[size_t(t) * outs + i];
+            best.failed |= other.failed;
+            if (other.value > best.value) best.value = other.value, best.id = other.id;
+        }
+        return best.failed || !std::isfinite(best.value) ? FAILED : best.id;
+    }
+
     void draw(const rts_step& s, int64_t* tokens, int thread) {
         const Share own(int(s.outs), thread, team_.size());
         for (int i = own.first; i < own.last; i++) {
+            if (is_plain(s, i)) {
+                tokens[i] = best_of(i, int(s.outs));
+                continue;
+            }
             const int64_t from = s.seen_start[i], count = s.seen_start[i + 1] - from;
             const Seen seen{count, s.seen_ids + from, s.seen_generated + from};
             const Draw draw{
@@ -442,6 +466,7 @@ class Decoder final : public Engine {
     std::vector<Piece> pieces_;
     std::vector<int> shares_;
     std::vector<Sampler> samplers_;
+    std::vector<Best> best_;  // [threads][outs]
 #if RTS_TILES
     std::vector<std::unique_ptr<TileScratch>> scratch_;
 #endif

@@ -48,6 +48,32 @@ inline double uniform(uint64_t seed, uint64_t choice, uint64_t position) {
     return double(mix(state + (position + 1) * GAMMA) >> 11) * 0x1p-53;
 }
 
+// The most likely token of those that were looked at, the first of equals.
+struct Best {
+    float value = -INFINITY;
+    int32_t id = 0;
+    bool failed = false;  // one was no number
+
+    // values: PANEL logits, of the ids from `first` on, in ascending order of calls.
+    void look_at(const float* values, int first) {
+        Vec high = broadcast(-INFINITY);
+        uint32_t bad = 0;
+        for (int j = 0; j < PANEL; j += LANES) {
+            bad |= no_numbers(load(values + j));
+            high = max(high, load(values + j));
+        }
+        failed |= bad != 0;
+        const float most = largest(high);
+        if (!(most > value)) return;
+        value = most;
+        for (int j = 0; j < PANEL; j += LANES)
+            if (uint32_t found = not_below(load(values + j), broadcast(most))) {
+                id = first + j + __builtin_ctz(found);
+                return;
+            }
+    }
+};
+
 class Sampler {
  public:
     // logits: [width], width a multiple of PANEL; what is beyond the vocabulary is -infinity.
