@@ -82,13 +82,14 @@ async def two_zombies(stage: Stage) -> None:
             world.mark()
             first.signal(signal.SIGSTOP)
             await _second_owners(stage)
-            await asyncio.sleep(0.2)
+            # Some tokens only: the first has to come past them.
+            await asyncio.sleep(0.05)
             second.signal(signal.SIGSTOP)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
             stage.proof(is_stopped(second.pid), "a second worker that stands still")
             first.signal(signal.SIGCONT)
             # Now and then for longer than a lease: the first one owns them once more.
-            await asyncio.sleep(0.8 + stage.rng.random())
+            await asyncio.sleep(1.2 + stage.rng.random())
             second.signal(signal.SIGCONT)
             await asyncio.sleep(0.5)
 

@@ -48,6 +48,8 @@ class Ledger:
         self._clients: list[Any] = []
         self._client: Any = self._connect()
         self._began: dict[str, int] = {}
+        # What was charged for no request so far: since when, and how many tokens.
+        self._charges_seen: dict[bytes, tuple[float, int]] = {}
         self.wrong: list[str] = []
         self.checks_budgets = True
         self.hears_cancels = True
@@ -136,8 +138,8 @@ class Ledger:
             paid = (float(tat) - first) / self._step_us
             over = paid - used
             if over > 0 and self._world.killed_gateways:
-                # One that died between charging and queueing: its charge is still there.
-                over = max(0, over - await self._orphan_charges())
+                # One that died between charging and queueing: its charge stays.
+                over = max(0, over - sum(tokens for _, tokens in self._charges_seen.values()))
             if abs(over) * self._step_us <= BUDGET_SLACK_US:
                 self.budgets += 1
                 return
@@ -146,10 +148,23 @@ class Ledger:
                 return
             await asyncio.sleep(0.25)
 
-    async def _orphan_charges(self) -> int:
-        """Tokens that were charged and belong to no request."""
+    async def watch_charges(self) -> None:
+        """Notes, for ever, what was charged and then never queued: after a minute it is gone."""
+        while True:
+            found = await self._ask(self._charges)
+            now = time.monotonic()
+            for name, tokens in found.items():
+                self._charges_seen.setdefault(name, (now, tokens))
+            for name, (since, _) in list(self._charges_seen.items()):
+                if name not in found and now - since < LIFETIMES_S["charge"] - 5:
+                    # It became a request's, or was given back.
+                    del self._charges_seen[name]
+            await asyncio.sleep(1)
+
+    async def _charges(self) -> dict[bytes, int]:
         names = [name async for name in self._client.scan_iter("rts:charge:*", count=1000)]
-        return sum([int(await self._client.get(name) or 0) for name in names])
+        values = await self._client.mget(names) if names else []
+        return {name: int(value or 0) for name, value in zip(names, values, strict=True)}
 
     async def close_accounts(self, streams: list[Stream]) -> None:
         """Once all is over: nothing is left, and every request ended exactly once."""

@@ -19,6 +19,7 @@ from typing import Any
 from chaos.ledger import Ledger
 from chaos.load import SURVIVING, Load, Stream, tally
 from chaos.world import LEASE_MS, World
+from shared.tasks import end
 
 REQUIRED = "CHAOS_REQUIRED"
 """Environment variable: what cannot be played here is a failure, as in CI, which installs it."""
@@ -187,8 +188,12 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
         async with AsyncExitStack() as stack:
             stack.push_async_callback(ledger.close)
             stage = Stage(world, load, ledger, rng, rounds, stack)
-            await scenario.act(stage)
-            await ledger.close_accounts(load.streams)
+            watch = asyncio.create_task(ledger.watch_charges())
+            try:
+                await scenario.act(stage)
+                await ledger.close_accounts(load.streams)
+            finally:
+                await end(watch)
             if len(stage.struck) < rounds:
                 ledger.wrong.append(f"{len(stage.struck)} proofs for {rounds} faults")
             if scenario.budgets and not ledger.budgets:
