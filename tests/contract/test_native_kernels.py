@@ -301,7 +301,7 @@ def test_draws_follow_the_distribution(
     share = np.zeros(width)
     share[known] = weights[known] / weights[known].sum()
     # The draws' random numbers are even, so that halves of the mass are drawn half of the time.
-    order, draws = np.argsort(-share), 4000 if width <= 4096 else 1000
+    order, draws = np.argsort(-share), 1500 if width <= 4096 else 300
     top = set(order[: int(np.searchsorted(np.cumsum(share[order]), 0.5)) + 1].tolist())
     hits = 0
     for i in range(draws):
