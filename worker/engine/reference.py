@@ -23,7 +23,7 @@ from worker.engine.attention import (
     paged_attention,
 )
 from worker.engine.backend import Batch
-from worker.engine.load_check import LEAST_BLOCKS, LoadCheck, refusal, refuse_by_config
+from worker.engine.load_check import LEAST_BLOCKS, LoadCheck, refusal
 from worker.engine.sampler import Draw, sample
 
 
@@ -34,7 +34,8 @@ class ReferenceBackend:
         """Takes the model over, allocates the cache, and checks the model's output.
 
         Args:
-            model: a causal language model of transformers; its attention is replaced.
+            model: a causal language model of transformers that `refuse_by_config` lets pass; its
+                attention is replaced.
             device: where it runs.
             size: from the bytes of one block to how many blocks are wanted; it gets
                 LEAST_BLOCKS if that is more. Called when the weights are where they stay.
@@ -48,7 +49,6 @@ class ReferenceBackend:
         self.threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.device = str(device)
         self.dtype = str(self._dtype).removeprefix("torch.")
-        refuse_by_config(self._model)
         AttentionInterface.register(NAME, paged_attention)
         layers = self._record()
         self.block_count = max(LEAST_BLOCKS, size(PagedCache.block_bytes(layers, self._dtype)))
