@@ -130,7 +130,8 @@ async def drain(stage: Stage) -> None:
             victim.signal(signal.SIGTERM)
             world.again(victim)
             await asyncio.to_thread(victim.popen.wait, 20)
-            stage.proof(victim.popen.returncode == 0, "an orderly exit")
+            status = victim.popen.returncode
+            stage.proof(status == 0, f"an orderly exit, not {status}")
             await world.ready(2)
 
 

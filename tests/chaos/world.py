@@ -179,7 +179,7 @@ class World(Cluster):
         return ended
 
     async def ready(self, workers: int) -> None:
-        """Until every gateway answers and so many workers beat."""
+        """Until every gateway answers and so many workers serve."""
         await asyncio.to_thread(self.wait, workers)
 
     def wait(self, workers: int = 1) -> None:
@@ -189,7 +189,9 @@ class World(Cluster):
             while True:
                 status, body = self.get("/status", gateway.port)
                 ready, _ = self.get("/readyz", gateway.port)
-                if status == ready == 200 and len(body["workers"]) >= workers:
+                # What gateways say is a second old, and counts the dead for five.
+                known = status == ready == 200 and len(body["workers"]) >= workers
+                if known and self._serving() >= workers:
                     break
                 if time.monotonic() > deadline:
                     # With PYTHONFAULTHANDLER it says where it stands.
@@ -197,6 +199,13 @@ class World(Cluster):
                     time.sleep(1.0)
                     raise AssertionError((status, ready, body, gateway.log.read_text()[-4000:]))
                 time.sleep(0.02)
+
+    def _serving(self) -> int:
+        """Workers that live and have said that they are ready."""
+        return sum(
+            worker.popen.poll() is None and '"message": "ready"' in worker.log.read_text()
+            for worker in self.of("worker")
+        )
 
     def order(self, what: str) -> None:
         """Orders one engine, whichever sees it first, to die at a moment or to hang."""
