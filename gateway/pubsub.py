@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +15,8 @@ import hiredis
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
 
-from shared.redis_url import is_sentinel, parse_sentinel
+from shared.connection import tls_context
+from shared.redis_url import is_sentinel, parse_sentinel, parse_tls
 from shared.sentinel import Address, Sentinels
 
 log = logging.getLogger(__name__)
@@ -149,9 +149,11 @@ class PubSubConnection:
         if "path" in where:
             transport, _ = await loop.create_unix_connection(factory, where["path"])
         else:
-            secure = ssl.create_default_context() if self._url.startswith("rediss://") else None
             transport, _ = await loop.create_connection(
-                factory, where.get("host", "localhost"), where.get("port", 6379), ssl=secure
+                factory,
+                where.get("host", "localhost"),
+                where.get("port", 6379),
+                ssl=tls_context(parse_tls(self._url)),
             )
         if password := where.get("password"):
             user = where.get("username")

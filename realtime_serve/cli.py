@@ -20,6 +20,7 @@ _COMMANDS = {
     "worker": "run one worker (engine)",
     "control": "run the control process (janitor, statistics)",
     "status": "print what a gateway knows of the cluster",
+    "acl": "print an ACL file for Redis: a user with the least rights for each role",
     "dead": "look at requests that engines died over; run them again or drop them",
 }
 _DEAD = {
@@ -67,6 +68,8 @@ def _run(given: argparse.Namespace, settings: Settings) -> int:
         return run_up(settings, Screen(), end_with_parent=given.end_with_parent)
     if given.command == "status":
         return _print_status(settings)
+    if given.command == "acl":
+        return _print_acl()
     if given.command == "dead":
         from realtime_serve.dead import run_dead
 
@@ -120,6 +123,18 @@ def _print_status(settings: Settings) -> int:
     return 0
 
 
+def _print_acl() -> int:
+    from shared.access import ROLES, acl_file
+
+    found = {role: os.environ.get(f"{role.upper()}_PASSWORD", "") for role in ROLES}
+    if not any(found.values()):
+        names = ", ".join(f"{role.upper()}_PASSWORD" for role in ROLES)
+        raise SettingsError(f"passwords are read from the environment: {names}, ADMIN_PASSWORD")
+    passwords = {role: password for role, password in found.items() if password}
+    sys.stdout.write(acl_file(passwords, os.environ.get("ADMIN_PASSWORD", "")))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="realtime-serve",
@@ -133,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         if command == "dead":
             _add_dead(sub)
+            continue
+        if command == "acl":
             continue
         # Shown in the process list; tells processes of one role apart.
         sub.add_argument("--index", type=int, help=argparse.SUPPRESS)

@@ -12,6 +12,8 @@ that is the old master, and the new one is found by connecting anew.
 from __future__ import annotations
 
 import asyncio
+import ssl
+from dataclasses import asdict
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -23,6 +25,8 @@ from redis.asyncio.connection import (
 )
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError, ReadOnlyError
+
+from shared import redis_url
 
 
 class _Cancellable(AbstractConnection):
@@ -69,15 +73,34 @@ class Tcp(_Cancellable, Connection):
     """redis://, and sentinels."""
 
 
-class _Tls(_Cancellable, SSLConnection):
-    """rediss://."""
+class Tls(_Cancellable, SSLConnection):
+    """rediss://, and sentinels with TLS."""
 
 
 class _Unix(_Cancellable, UnixDomainSocketConnection):
     """unix://."""
 
 
-_CLASSES = {Connection: Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
+_CLASSES = {Connection: Tcp, SSLConnection: Tls, UnixDomainSocketConnection: _Unix}
+
+
+def tls_options(tls: redis_url.Tls | None) -> dict[str, Any]:
+    """What redis-py's connections are told of TLS; nothing without."""
+    if tls is None:
+        return {}
+    files = {name: value for name, value in asdict(tls).items() if value}
+    # By default redis-py 5 does not look at the name.
+    return {**files, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
+
+
+def tls_context(tls: redis_url.Tls | None) -> ssl.SSLContext | None:
+    """The same for connections of our own."""
+    if tls is None:
+        return None
+    context = ssl.create_default_context(cafile=tls.ssl_ca_certs or None)
+    if tls.ssl_certfile:
+        context.load_cert_chain(tls.ssl_certfile, tls.ssl_keyfile)
+    return context
 
 
 def make_cancellable(pool: aioredis.ConnectionPool) -> None:

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-SENTINEL_SCHEME = "sentinel://"
-_SCHEMES = ("redis://", "rediss://", "unix://", SENTINEL_SCHEME)
+_SENTINEL_SCHEMES = ("sentinel://", "sentinels://")
+_SCHEMES = ("redis://", "rediss://", "unix://", *_SENTINEL_SCHEMES)
 _SENTINEL_PORT = 26379
 _SENTINEL_FORM = (
     "sentinel://[user:password@]host[:port][,host[:port]...]/<master name>[/<db>]"
     "[?sentinel_password=...]"
 )
 _SENTINEL_URL = re.compile(
-    r"sentinel://((?P<user>[^:@/?#]*)(:(?P<password>[^@/?#]*))?@)?(?P<hosts>[^@/?#]+)"
-    r"/(?P<master>[^/?#]+)(/(?P<db>[0-9]{1,6}))?(\?sentinel_password=(?P<sentinel>[^&#]*))?"
+    r"sentinel(?P<tls>s?)://((?P<user>[^:@/?#]*)(:(?P<password>[^@/?#]*))?@)?(?P<hosts>[^@/?#]+)"
+    r"/(?P<master>[^/?#]+)(/(?P<db>[0-9]{1,6}))?(\?(?P<options>[^?#]*))?"
 )
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]\s]+))(:(?P<port>[0-9]{1,5}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files of a connection with TLS; the server's certificate and name are always verified.
+
+    Attributes:
+        ssl_ca_certs: who may have signed the server's certificate; "": whom the system trusts.
+        ssl_certfile, ssl_keyfile: the certificate that this process shows; "": none.
+    """
+
+    ssl_ca_certs: str = ""
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
+
+
+_TLS = tuple(each.name for each in fields(Tls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +47,7 @@ class SentinelUrl:
         sentinels: host and port of each. master: what they call the server.
         db: the database. username, password: of the server, whichever it is at the time.
         sentinel_password: of the sentinels themselves.
+        tls: of both; None: without.
     """
 
     sentinels: tuple[tuple[str, int], ...]
@@ -36,15 +56,24 @@ class SentinelUrl:
     username: str = ""
     password: str = field(default="", repr=False)
     sentinel_password: str = field(default="", repr=False)
+    tls: Tls | None = None
 
 
 def is_sentinel(url: str) -> bool:
     """Whether the server is found by asking sentinels."""
-    return url.startswith(SENTINEL_SCHEME)
+    return url.startswith(_SENTINEL_SCHEMES)
+
+
+def parse_tls(url: str) -> Tls | None:
+    """How a checked rediss:// or sentinels:// URL wants it; None for others."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("rediss", "sentinels"):
+        return None
+    return Tls(**{name: value for name, value in _options(parts.query) if name in _TLS})
 
 
 def parse_sentinel(url: str) -> SentinelUrl:
-    """The parts of a sentinel:// URL.
+    """The parts of a sentinel:// or sentinels:// URL.
 
     Raises:
         ValueError: it is none. The message repeats nothing of it: that could be a password.
@@ -58,9 +87,19 @@ def parse_sentinel(url: str) -> SentinelUrl:
     )
     if not all(0 < port < 65536 for _, port in sentinels):
         raise ValueError("a sentinel's port must be from 1 to 65535")
-    texts = (found[name] or "" for name in ("master", "user", "password", "sentinel"))
-    master, user, password, sentinel = map(urllib.parse.unquote, texts)
-    return SentinelUrl(sentinels, master, int(found["db"] or 0), user, password, sentinel)
+    options = dict(_options(found["options"] or ""))
+    _refuse_options(options, {"sentinel_password", *(_TLS if found["tls"] else ())})
+    texts = (found[name] or "" for name in ("master", "user", "password"))
+    master, user, password = map(urllib.parse.unquote, texts)
+    return SentinelUrl(
+        sentinels,
+        master,
+        int(found["db"] or 0),
+        user,
+        password,
+        options.get("sentinel_password", ""),
+        parse_tls(url),
+    )
 
 
 def check_redis_url(url: str) -> None:
@@ -71,7 +110,9 @@ def check_redis_url(url: str) -> None:
             the password.
     """
     if not url.startswith(_SCHEMES):
-        raise ValueError("must start with redis://, rediss://, unix:// or sentinel://")
+        raise ValueError(
+            "must start with redis://, rediss://, unix://, sentinel:// or sentinels://"
+        )
     if is_sentinel(url):
         parse_sentinel(url)
         return
@@ -79,13 +120,27 @@ def check_redis_url(url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         # It is read here, and may be no number.
         parts.port  # noqa: B018
-        options = urllib.parse.parse_qs(parts.query, keep_blank_values=True)
+        options = dict(_options(parts.query))
     except ValueError:
         raise ValueError("not a valid URL") from None
-    if options.keys() - {"db"}:
-        raise ValueError("of options behind a ?, only db is supported")
-    db = options.get("db", [""])[-1]
+    _refuse_options(options, {"db", *(_TLS if parts.scheme == "rediss" else ())})
+    db = options.get("db", "")
     if parts.scheme != "unix" and "db" not in options:
         db = parts.path.removeprefix("/")
     if (db or "db" in options) and not re.fullmatch("[0-9]{1,6}", db):
         raise ValueError("the database must be a number")
+
+
+def _options(query: str) -> list[tuple[str, str]]:
+    return urllib.parse.parse_qsl(query, keep_blank_values=True)
+
+
+def _refuse_options(options: Mapping[str, str], known: set[str]) -> None:
+    if options.keys() - known:
+        raise ValueError(f"of options behind a ?, only {', '.join(sorted(known))} are supported")
+    if bool(options.get("ssl_certfile")) != bool(options.get("ssl_keyfile")):
+        raise ValueError("ssl_certfile and ssl_keyfile go together")
+    for name in _TLS:
+        # Told at the start, and by name: the TLS library says only that there is no such file.
+        if name in options and not Path(options[name]).is_file():
+            raise ValueError(f"{name} names no file")

@@ -14,9 +14,10 @@ from contextlib import suppress
 from typing import Any
 
 import redis.asyncio as aioredis
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError, RedisError
 
-from shared.connection import Tcp
+from shared.connection import Tcp, Tls, tls_options
 from shared.redis_url import SentinelUrl
 from shared.tasks import end
 
@@ -48,7 +49,7 @@ class Sentinels:
     def __init__(self, url: SentinelUrl, on_answer: Callable[[Address], None]) -> None:
         self._name = url.master
         self._on_answer = on_answer
-        self._clients = [_client(host, port, url.sentinel_password) for host, port in url.sentinels]
+        self._clients = [_client(host, port, url) for host, port in url.sentinels]
         self._master: Address | None = None
         self._known = asyncio.Event()
         self._trouble = "no answer"
@@ -118,8 +119,11 @@ class Sentinels:
         return int(state["config-epoch"]), (_text(host), int(port))
 
 
-class _ToMaster(Tcp):
+class _ToMaster(AbstractConnection):
     """A connection to whatever server is the master when it is made."""
+
+    host: str
+    port: int
 
     def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
         super().__init__(**options)
@@ -137,19 +141,28 @@ class _ToMaster(Tcp):
             self._writer.transport.abort()
 
 
+class _TcpToMaster(_ToMaster, Tcp):
+    """sentinel://."""
+
+
+class _TlsToMaster(_ToMaster, Tls):
+    """sentinels://."""
+
+
 class SentinelPool(aioredis.BlockingConnectionPool):
     """Connections to the master; those to what was the master are cut."""
 
     def __init__(self, url: SentinelUrl, *, socket_connect_timeout: float, **options: Any) -> None:
         self._sentinels = Sentinels(url, self._cut_others)
         super().__init__(
-            connection_class=_ToMaster,
+            connection_class=_TlsToMaster if url.tls else _TcpToMaster,
             sentinels=self._sentinels,
             db=url.db,
             username=url.username or None,
             password=url.password or None,
             socket_connect_timeout=min(CONNECT_S, socket_connect_timeout),
             **options,
+            **tls_options(url.tls),
         )
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
@@ -164,13 +177,13 @@ class SentinelPool(aioredis.BlockingConnectionPool):
             connection.cut_unless(master)
 
 
-def _client(host: str, port: int, password: str) -> aioredis.Redis:
-    options: dict[str, Any] = {"timeout": ASK_S, "socket_timeout": ASK_S}
+def _client(host: str, port: int, url: SentinelUrl) -> aioredis.Redis:
+    options: dict[str, Any] = {"timeout": ASK_S, "socket_timeout": ASK_S, **tls_options(url.tls)}
     pool = aioredis.BlockingConnectionPool(
-        connection_class=Tcp,
+        connection_class=Tls if url.tls else Tcp,
         host=host,
         port=port,
-        password=password or None,
+        password=url.sentinel_password or None,
         max_connections=1,
         socket_connect_timeout=ASK_S,
         **options,

@@ -19,9 +19,9 @@ import redis.asyncio as aioredis
 from redis.exceptions import NoScriptError, RedisError
 
 from shared import keys, messages
-from shared.connection import make_cancellable
+from shared.connection import make_cancellable, tls_options
 from shared.errors import NotReplicated, StoreUnavailable
-from shared.redis_url import is_sentinel, parse_sentinel
+from shared.redis_url import is_sentinel, parse_sentinel, parse_tls
 from shared.sentinel import SentinelPool
 
 SCRIPTS = (
@@ -226,9 +226,13 @@ def connect(url: str, *, timeout_s: float, connections: int = 16) -> aioredis.Re
         "socket_connect_timeout": timeout_s,
         "retry": None,
         "retry_on_error": [],
+        # Redis 7.0 has no name to grant the right to tell them.
+        "lib_name": None,
+        "lib_version": None,
     }
     if is_sentinel(url):
         return aioredis.Redis(connection_pool=SentinelPool(parse_sentinel(url), **options))
+    options |= tls_options(parse_tls(url))
     pool = aioredis.BlockingConnectionPool.from_url(url, **options)
     make_cancellable(pool)
     return aioredis.Redis(connection_pool=pool)

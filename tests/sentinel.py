@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import redis
+from certificates import Certificates
 from cluster import free_port
 
 from realtime_serve.lifeline import Lifeline
@@ -23,7 +24,7 @@ PASSWORD = "p@ss/word"
 READY_S = 30.0
 
 _SERVER = """\
-port {port}
+{port}
 bind 127.0.0.1
 dir "{folder}"
 logfile "{folder}/log"
@@ -37,7 +38,7 @@ requirepass "{password}"
 masterauth "{password}"
 """
 _SENTINEL = """\
-port {port}
+{port}
 bind 127.0.0.1
 dir "{folder}"
 logfile "{folder}/log"
@@ -53,11 +54,22 @@ sentinel failover-timeout {name} 3000
 class Member:
     """One server or sentinel, which keeps its port and its data when it is started again."""
 
-    def __init__(self, command: list[str], port: int, folder: Path, lifeline: Lifeline) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        port: int,
+        folder: Path,
+        lifeline: Lifeline,
+        tls: Certificates | None = None,
+    ) -> None:
         self.port = port
         self.folder = folder
-        self.client = redis.Redis(
-            port=port, password=PASSWORD, decode_responses=True, socket_timeout=READY_S
+        scheme, query = ("rediss", tls.options()) if tls else ("redis", "")
+        self.client = redis.Redis.from_url(
+            f"{scheme}://127.0.0.1:{port}?{query}",
+            password=PASSWORD,
+            decode_responses=True,
+            socket_timeout=READY_S,
         )
         self._command = command
         self._lifeline = lifeline
@@ -140,11 +152,19 @@ class Replicated:
         binary: a redis-server or valkey-server.
         sentinels: how many; 0: nobody fails over, and `url` is the primary's own.
         down_after_ms: a server that is silent for so long is down.
+        tls: all speak TLS, and only that.
     """
 
     def __init__(
-        self, folder: Path, binary: str, *, sentinels: int = 3, down_after_ms: int = 500
+        self,
+        folder: Path,
+        binary: str,
+        *,
+        sentinels: int = 3,
+        down_after_ms: int = 500,
+        tls: Certificates | None = None,
     ) -> None:
+        self._tls = tls
         self._folder = folder
         self._binary = binary
         self._lifeline = Lifeline()
@@ -161,7 +181,8 @@ class Replicated:
         if not self.sentinels:
             return f"redis://:{password}@127.0.0.1:{self.first.port}"
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
-        return f"sentinel://:{password}@{hosts}/{NAME}?sentinel_password={password}"
+        scheme, query = ("sentinels", f"&{self._tls.options()}") if self._tls else ("sentinel", "")
+        return f"{scheme}://:{password}@{hosts}/{NAME}?sentinel_password={password}{query}"
 
     @property
     def members(self) -> list[Member]:
@@ -226,7 +247,7 @@ class Replicated:
     def _server(self, name: str, source: Member | None = None) -> Member:
         port = free_port()
         folder = self._folder / name
-        config = _SERVER.format(port=port, folder=folder, password=PASSWORD)
+        config = _SERVER.format(port=self._port(port), folder=folder, password=PASSWORD)
         if source is not None:
             config += f"replicaof 127.0.0.1 {source.port}\n"
         return self._member(port, folder, config)
@@ -235,7 +256,7 @@ class Replicated:
         port = free_port()
         folder = self._folder / f"sentinel-{index}"
         config = _SENTINEL.format(
-            port=port,
+            port=self._port(port),
             folder=folder,
             password=PASSWORD,
             name=NAME,
@@ -250,7 +271,10 @@ class Replicated:
         # The servers write it anew when a failover changes their parts.
         (folder / "server.conf").write_text(config)
         command = [self._binary, str(folder / "server.conf"), *flags]
-        return Member(command, port, folder, self._lifeline)
+        return Member(command, port, folder, self._lifeline, self._tls)
+
+    def _port(self, port: int) -> str:
+        return self._tls.server_lines(port) if self._tls else f"port {port}"
 
     def _logs(self) -> str:
         return "\n".join(f"{m.folder.name}\n{(m.folder / 'log').read_text()}" for m in self.members)
