@@ -1,6 +1,6 @@
 # `make` lists the targets. Settings are environment variables: RTS_PORT=8100 make up
 .DEFAULT_GOAL := help
-.PHONY: up test test-fast test-vllm check fmt bench chaos help env env-dev
+.PHONY: up test test-fast test-vllm k8s-check check fmt bench chaos help env env-dev
 
 ifeq ($(OS),Windows_NT)
 $(error Linux or macOS is needed; on Windows use WSL2)
@@ -27,6 +27,9 @@ test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of it
 	@.venv-vllm/bin/python -m pytest tests/contract/test_engines.py \
 		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
 
+k8s-check: env-dev ## render the manifests of deploy/k8s and check them against schemas and code
+	@$(PYTHON) -m pytest tests/deploy/test_k8s.py $(PYTEST_ARGS)
+
 check: env-dev ## lint, formatting, types, generated pages
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -51,7 +54,7 @@ chaos: env-dev ## make every fault happen and check every token (half an hour)
 	@PYTHONPATH=tests $(PYTHON) -m chaos.run $(CHAOS_ARGS)
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 
 env:
 	@sh scripts/bootstrap.sh cluster

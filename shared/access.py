@@ -66,7 +66,8 @@ ROLES: Final = {
             *("models", "m:*", "f:*", "open:*", "engines:*", "cards:*", "server", "dead", "wake:*"),
         ),
         channels=("l:*", "w:*"),
-        commands=f"{_SUBSCRIBER} blpop hexists lpush ltrim pexpireat sadd set xclaim "
+        # pubsub|channels: for the probe of deploy/k8s.
+        commands=f"{_SUBSCRIBER} pubsub|channels blpop hexists lpush ltrim pexpireat sadd set xclaim "
         "xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange zrangebyscore",
     ),
     "control": Access(

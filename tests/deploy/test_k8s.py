@@ -1,0 +1,508 @@
+"""deploy/k8s as kustomize renders it: valid, safe, and of one mind with the code.
+
+Each rule is also shown what it is there to find, or it might find nothing for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import rules
+import schemas
+import yaml
+from gateway_site import Site, open_site, until
+from manifests import (
+    FOLDER,
+    OVERLAYS,
+    ROOT,
+    Object,
+    of_component,
+    of_kind,
+    overlay_objects,
+    pod,
+    pods,
+    rendered,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from realtime_serve.redis_server import RedisServer, find_binary
+from shared import keys
+from shared.settings import Settings
+
+ALL = (*OVERLAYS, "second-model", "ingress")
+KUSTOMIZATIONS = sorted(
+    path.parent
+    for path in FOLDER.rglob("kustomization.yaml")
+    if "kind: Kustomization" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("version", schemas.VERSIONS)
+@pytest.mark.parametrize("overlay", ALL)
+def test_valid(overlay: str, version: str) -> None:
+    found = [text for item in overlay_objects(overlay) for text in schemas.problems(item, version)]
+    assert found == []
+
+
+@pytest.mark.parametrize("rule", rules.ALL, ids=lambda rule: str(rule.__name__))
+@pytest.mark.parametrize("overlay", ALL)
+def test_rule_holds(overlay: str, rule: Callable[[list[Object]], list[str]]) -> None:
+    assert rule(overlay_objects(overlay)) == []
+
+
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_every_kustomization_renders(folder: Path) -> None:
+    assert rendered(folder)
+
+
+def test_every_component_is_part_of_an_overlay_that_is_checked() -> None:
+    used = {
+        Path(component).name
+        for folder in KUSTOMIZATIONS
+        for component in yaml.safe_load((folder / "kustomization.yaml").read_text()).get(
+            "components", []
+        )
+    }
+    # There is one way in for a cluster; test_rule_holds adds the other one to an overlay.
+    assert used | {"ingress"} == {path.name for path in (FOLDER / "components").iterdir()}
+
+
+def test_what_must_be_there() -> None:
+    kinds = {overlay: {item["kind"] for item in overlay_objects(overlay)} for overlay in ALL}
+    everywhere = {
+        *("Namespace", "ServiceAccount", "PriorityClass", "NetworkPolicy", "Deployment", "Service"),
+        *("PodDisruptionBudget", "ConfigMap"),
+    }
+    assert all(everywhere <= found for found in kinds.values())
+    assert {"HorizontalPodAutoscaler", "ScaledObject", "PodMonitor", "PrometheusRule"} < kinds[
+        "production"
+    ]
+    assert {"HTTPRoute", "Gateway", "PersistentVolumeClaim"} < kinds["production"]
+    assert "Ingress" in kinds["ingress"]
+    for overlay in ("cpu", "gpu", "local"):
+        assert "StatefulSet" in kinds[overlay]
+    for overlay in ("gpu", "production"):
+        worker = pod(overlay_objects(overlay), "worker")
+        assert worker.limit("nvidia.com/gpu") == "1"
+        assert worker.container["image"].startswith("realtime-ai-serve-worker-cuda:")
+
+
+def test_every_role_is_deployed_in_every_overlay() -> None:
+    for overlay in OVERLAYS:
+        roles = {pod.role for pod in pods(overlay_objects(overlay))}
+        assert roles - {""} == {"gateway", "control", "worker"}
+
+
+def test_secrets_are_not_in_the_repository() -> None:
+    secrets = {o: of_kind(overlay_objects(o), "Secret") for o in OVERLAYS}
+    assert not any(secrets[overlay] for overlay in OVERLAYS if overlay != "local")
+    (local,) = secrets["local"]
+    values = [base64.b64decode(value).decode() for value in local["data"].values()]
+    assert set(values) == {"local", "redis://:local@redis:6379/0"}
+
+
+def _files() -> list[Path]:
+    files = [path for path in FOLDER.rglob("*") if path.suffix in (".yaml", ".conf", ".py")]
+    return [*sorted(files), ROOT / "docs" / "kubernetes.md"]
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_setting_that_a_file_names_exists(path: Path) -> None:
+    assert rules.unknown_settings(path.read_text()) == set()
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    for part in ("overlays", "components", "examples"):
+        for folder in (FOLDER / part).iterdir():
+            assert f"{part}/{folder.name}" in page, folder
+    for path in re.findall(r"deploy/k8s/[\w/.-]*\w", page):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page):
+        assert (ROOT / "docs" / link).exists(), link
+
+
+def test_the_way_in_waits_as_long_as_an_answer_may_take() -> None:
+    (ingress,) = of_kind(of_component("ingress"), "Ingress")
+    said = ingress["metadata"]["annotations"]
+    settings = Settings()
+    nginx = "nginx.ingress.kubernetes.io"
+    assert said[f"{nginx}/proxy-buffering"] == "off"
+    assert int(said[f"{nginx}/proxy-read-timeout"]) > settings.timeout_s > settings.keep_alive_s
+    assert int(said[f"{nginx}/proxy-body-size"].removesuffix("m")) << 20 > settings.max_body_bytes
+    assert int(said["haproxy.org/timeout-server"].removesuffix("s")) > settings.timeout_s
+    assert said["haproxy.org/backend-config-snippet"] == "option http-no-delay"
+    (route,) = of_kind(of_component("gateway-api"), "HTTPRoute")
+    (rule,) = route["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
+
+
+def test_both_ways_in_are_for_the_same_paths() -> None:
+    (ingress,) = of_kind(of_component("ingress"), "Ingress")
+    (route,) = of_kind(of_component("gateway-api"), "HTTPRoute")
+    of_ingress = {path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]}
+    of_route = {match["path"]["value"] for match in route["spec"]["rules"][0]["matches"]}
+    assert of_ingress == of_route
+
+
+# Redis, and the probe that asks it
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    binary, _ = find_binary()
+    with RedisServer.start(binary, tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+def test_a_server_takes_the_configuration(tmp_path: Path) -> None:
+    with _configured(tmp_path) as client:
+        said = client.config_get(
+            *("appendonly", "maxmemory", "maxmemory-policy", "client-output-buffer-limit")
+        )
+    assert (said["appendonly"], said["maxmemory-policy"]) == ("yes", "noeviction")
+    assert "pubsub 268435456" in said["client-output-buffer-limit"]
+    limit = pod(overlay_objects("cpu"), "redis").limit("memory")
+    assert limit.endswith("Gi")
+    assert 2 * int(said["maxmemory"]) <= int(limit.removesuffix("Gi")) << 30
+
+
+@contextlib.contextmanager
+def _configured(folder: Path) -> Iterator[redis.Redis]:
+    """A server with our file; only its folder and its address are others."""
+    binary, _ = find_binary()
+    config = FOLDER / "components" / "redis" / "valkey.conf"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    given = ["--dir", str(folder), "--port", port, "--bind", "127.0.0.1", "--requirepass", "p"]
+    command = [str(binary.path), str(config), *given]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "Ready to accept connections" in line:
+                    break
+            assert process.poll() is None, "".join(said)
+            with redis.Redis(port=int(port), password="p", decode_responses=True) as client:
+                yield client
+        finally:
+            process.terminate()
+
+
+def test_the_probe_is_true_while_an_engine_of_this_host_listens(server: RedisServer) -> None:
+    probe = _module(FOLDER / "base" / "worker" / "loaded.py")
+    client = redis.Redis.from_url(server.url)
+
+    def ask(host: str) -> bool:
+        return bool(asyncio.run(probe.is_listening(server.url, host)))
+
+    with client, client.pubsub() as engine:
+        assert not ask("worker-7b-x2")
+        engine.subscribe(keys.control_channel("worker-7b-x2-17-a1b2c3"))
+        assert engine.get_message(timeout=5)
+        assert ask("worker-7b-x2")
+        assert not ask("worker-7b-x")
+        engine.unsubscribe()
+        assert engine.get_message(timeout=5)
+        assert not ask("worker-7b-x2")
+
+
+async def test_a_request_wakes_workers_and_keeps_them_until_it_ends(server: RedisServer) -> None:
+    async with open_site(server.url) as site:
+        worker = site.worker
+        worker.room = 0
+        worker.beating = False
+        await site.store.depart(worker.mv, worker.engine)
+        await until(lambda: _has(site, {"rts_workers": 0.0, **_WORK, "demand": 0.0}))
+        body = {"model": "echo", "prompt": "a", "max_tokens": 3}
+        asked = asyncio.create_task(site.post("/infer", body))
+        await until(
+            lambda: _has(site, {"rts_workers": 0.0, "rts_num_requests_waiting": 1.0, "demand": 1.0})
+        )
+        worker.frozen, worker.room = True, 1
+        await until(lambda: _has(site, {"rts_num_requests_running": 1.0, "demand": 1.0}))
+        worker.frozen = False
+        assert (await asked)[0] == 200
+        await until(lambda: _has(site, {**_WORK, "demand": 0.0}))
+
+
+async def test_of_a_model_that_nobody_knows_there_is_no_number(server: RedisServer) -> None:
+    """So KEDA sees an error, not a zero, and its fallback starts a worker."""
+    async with open_site(server.url) as site:
+        site.worker.room = 0
+        assert "demand" in await _numbers(site)
+        assert "demand" not in await _numbers(site, "another")
+
+
+_WORK = {"rts_num_requests_waiting": 0.0, "rts_num_requests_running": 0.0}
+
+
+async def _has(site: Site, wanted: dict[str, float]) -> bool:
+    return wanted.items() <= (await _numbers(site)).items()
+
+
+async def _numbers(site: Site, model: str = "echo") -> dict[str, float]:
+    """Sums over the priorities of a model's gauges; `demand` is what the ScaledObject asks for."""
+    # Now, not within the next second.
+    await site.edge.census.refresh([served.mv for served in site.edge.models.served()])
+    _, text, _ = await site.get("/metrics")
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if family.type == "gauge" and sample.labels.get("model_name") == model:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    if _WORK.keys() <= found.keys():
+        found["demand"] = sum(found[name] for name in _WORK)
+    return found
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# What the rules are there to find
+
+
+def _set_env(objects: list[Object], wanted: str, key: str, value: str | None) -> None:
+    env = pod(objects, wanted).container["env"]
+    env[:] = [item for item in env if item["name"] != key]
+    if value is not None:
+        env.append({"name": key, "value": value})
+
+
+def _query(objects: list[Object], old: str, new: str) -> None:
+    (scaled,) = of_kind(objects, "ScaledObject")
+    metadata = scaled["spec"]["triggers"][0]["metadata"]
+    assert old in metadata["query"]
+    metadata["query"] = metadata["query"].replace(old, new)
+
+
+def _first(objects: list[Object], kind: str) -> Object:
+    return of_kind(objects, kind)[0]["spec"]
+
+
+def _part_of(objects: list[Object], wanted: str, key: str) -> Object:
+    found: Object = pod(objects, wanted).container[key]
+    return found
+
+
+Change = Callable[[list[Object]], Any]
+FAULTS: list[tuple[str, Change, str]] = [
+    (
+        "setting_problems",
+        lambda o: _set_env(o, "gateway", "RTS_DRAIN_DELAY", "3"),
+        "unknown environment variable; did you mean RTS_DRAIN_DELAY_S?",
+    ),
+    ("setting_problems", lambda o: _set_env(o, "gateway", "RTS_PORT", "http"), "RTS_PORT=http"),
+    ("setting_problems", lambda o: _set_env(o, "gateway", "RTS_ALLOW_ANONYMOUS", None), "RTS_HOST"),
+    ("setting_problems", lambda o: _set_env(o, "control", "RTS_PORT", "1"), "does not read"),
+    (
+        "setting_problems",
+        lambda o: _set_env(o, "worker", "RTS_REDIS_URL", None),
+        "no RTS_REDIS_URL",
+    ),
+    (
+        "setting_problems",
+        lambda o: _part_of(o, "worker", "command").__setitem__(1, "wroker"),
+        "no command wroker",
+    ),
+    ("ending_problems", lambda o: _set_env(o, "worker", "RTS_DRAIN_GRACE_S", "85"), "has 90"),
+    ("ending_problems", lambda o: _set_env(o, "gateway", "RTS_DRAIN_DELAY_S", "60"), "has 180"),
+    (
+        "ending_problems",
+        lambda o: pod(o, "gateway").container.update(
+            lifecycle={"preStop": {"sleep": {"seconds": 60}}}
+        ),
+        "has 180",
+    ),
+    (
+        "ending_problems",
+        lambda o: pod(o, "gateway").spec.pop("terminationGracePeriodSeconds"),
+        "30",
+    ),
+    (
+        "serving_problems",
+        lambda o: _part_of(o, "gateway", "readinessProbe")["httpGet"].update(path="/ready"),
+        "nothing serves /ready",
+    ),
+    (
+        "serving_problems",
+        lambda o: _part_of(o, "gateway", "livenessProbe")["httpGet"].update(port="web"),
+        "nothing serves /livez on web",
+    ),
+    ("serving_problems", lambda o: _set_env(o, "gateway", "RTS_PORT", "8001"), "not listen"),
+    (
+        "serving_problems",
+        lambda o: _part_of(o, "worker", "startupProbe")["exec"].update(command=["python", "/a.py"]),
+        "there is no /a.py",
+    ),
+    (
+        "serving_problems",
+        lambda o: _first(o, "Service")["ports"][0].update(targetPort="web"),
+        "no pod has a port web",
+    ),
+    (
+        "serving_problems",
+        lambda o: _first(o, "Service")["selector"].update(app="x"),
+        "no pod has a port",
+    ),
+    (
+        "serving_problems",
+        lambda o: _first(o, "PodMonitor")["podMetricsEndpoints"][0].update(path="/metric"),
+        "nothing serves /metric",
+    ),
+    (
+        "serving_problems",
+        lambda o: _first(o, "HTTPRoute")["rules"][0]["matches"][0]["path"].update(value="/v2"),
+        "nothing is served at /v2",
+    ),
+    (
+        "serving_problems",
+        lambda o: _first(o, "HTTPRoute")["rules"][0]["matches"][0]["path"].update(value="/"),
+        "lets outsiders read",
+    ),
+    (
+        "serving_problems",
+        lambda o: _first(o, "HTTPRoute")["rules"][0]["backendRefs"][0].update(port=8000),
+        "there is no",
+    ),
+    (
+        "hardening_problems",
+        lambda o: _part_of(o, "worker", "securityContext").update(readOnlyRootFilesystem=False),
+        "read-only root",
+    ),
+    (
+        "hardening_problems",
+        lambda o: pod(o, "control").spec.update(automountServiceAccountToken=True),
+        "no token",
+    ),
+    ("hardening_problems", lambda o: pod(o, "gateway").spec.pop("enableServiceLinks"), "links"),
+    (
+        "hardening_problems",
+        lambda o: pod(o, "gateway").container.update(image="realtime-ai-serve-gateway"),
+        "image",
+    ),
+    (
+        "hardening_problems",
+        lambda o: _set_env(o, "worker", "RTS_DATA_DIR", "/models"),
+        "cannot write /models",
+    ),
+    (
+        "reference_problems",
+        lambda o: pod(o, "worker").spec.update(serviceAccountName="x"),
+        "no ServiceAccount/x",
+    ),
+    (
+        "reference_problems",
+        lambda o: _first(o, "PodDisruptionBudget")["selector"]["matchLabels"].update(x="y"),
+        "has 0 PodDisruptionBudgets",
+    ),
+    ("reference_problems", lambda o: pod(o, "worker").labels.clear(), "does not select its pods"),
+    (
+        "reference_problems",
+        lambda o: _first(o, "PodDisruptionBudget")["selector"].clear(),
+        "has 2 PodDisruptionBudgets",
+    ),
+    (
+        "scaling_problems",
+        lambda o: pod(o, "worker").owner["spec"].update(replicas=1),
+        "each apply would set the replicas",
+    ),
+    ("scaling_problems", lambda o: _query(o, '"chat"', '"chta"'), "does not ask for chat"),
+    (
+        "scaling_problems",
+        lambda o: _query(o, "rts_num_requests_running", "rts_running"),
+        "there is no series rts_running",
+    ),
+    ("scaling_problems", lambda o: _query(o, "model_name", "model"), "has no label model"),
+    ("scaling_problems", lambda o: _query(o, "sum(", "sum(("), "sum(("),
+    ("scaling_problems", lambda o: _set_env(o, "worker", "RTS_MAX_BATCH_SIZE", "8"), "fit into"),
+    (
+        "scaling_problems",
+        lambda o: _first(o, "ScaledObject")["scaleTargetRef"].update(name="wroker"),
+        "there is no wroker",
+    ),
+    (
+        "alert_problems",
+        lambda o: _first(o, "PrometheusRule")["groups"][0]["rules"][1].update(
+            expr='rts_dead_letters{namespace="x"} > 0'
+        ),
+        "there is no series rts_dead_letters",
+    ),
+    (
+        "alert_problems",
+        lambda o: _first(o, "PrometheusRule")["groups"][0]["rules"][1].update(
+            expr="rts_workers == 0"
+        ),
+        "of every cluster",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "change", "told"), FAULTS)
+def test_rule_finds(rule: str, change: Change, told: str) -> None:
+    objects = overlay_objects("production")
+    change(objects)
+    found = getattr(rules, rule)(objects)
+    assert any(told in text for text in found), found
+
+
+@pytest.mark.parametrize("version", schemas.VERSIONS)
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("Deployment", "spec.template.spec"),
+        ("Deployment", "spec.template.spec.containers.0.securityContext"),
+        ("NetworkPolicy", "spec"),
+        ("PodDisruptionBudget", "spec"),
+        ("HorizontalPodAutoscaler", "spec.behavior.scaleDown"),
+        ("PersistentVolumeClaim", "spec"),
+        ("PriorityClass", ""),
+        ("ScaledObject", "spec"),
+        ("ScaledObject", "spec.triggers.0"),
+        ("ScaledObject", "spec.advanced.horizontalPodAutoscalerConfig.behavior.scaleUp"),
+        ("PodMonitor", "spec.podMetricsEndpoints.0"),
+        ("PrometheusRule", "spec.groups.0.rules.0"),
+        ("HTTPRoute", "spec.rules.0.timeouts"),
+        ("Gateway", "spec.listeners.0"),
+    ],
+)
+def test_an_unknown_field_is_found(kind: str, path: str, version: str) -> None:
+    item = of_kind(overlay_objects("production"), kind)[0]
+    assert schemas.problems(item, version) == []
+    where: Any = item
+    for part in filter(None, path.split(".")):
+        where = where[int(part) if part.isdigit() else part]
+    where["misspelt"] = 1
+    (found,) = schemas.problems(item, version)
+    assert "misspelt" in found
+
+
+def test_a_kind_that_does_not_exist_is_found() -> None:
+    item = overlay_objects("cpu")[0] | {"apiVersion": "policy/v1beta1", "kind": "PodSecurityPolicy"}
+    (found,) = schemas.problems(item, schemas.VERSIONS[0])
+    assert "there is no" in found
+
+
+def test_a_misspelt_setting_in_a_text_is_found() -> None:
+    assert rules.unknown_settings("RTS_REDIS_URL and RTS_REDIS_ULR") == {"RTS_REDIS_ULR"}
