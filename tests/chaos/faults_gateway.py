@@ -6,6 +6,7 @@ import asyncio
 import signal
 
 import redis
+from balancers import BALANCERS
 
 from chaos.load import Load
 from chaos.play import Scenario, Stage
@@ -179,30 +180,36 @@ async def _tell(world: World, *command: str) -> None:
 
 
 SCENARIOS = (
-    Scenario(
-        "gateway SIGKILL behind haproxy",
-        kill,
-        fast=True,
-        gateways=2,
-        balanced=True,
-        stalls="resumed",
-        programs=("haproxy",),
+    *(
+        Scenario(
+            f"gateway SIGKILL behind {balancer}",
+            kill,
+            fast=True,
+            gateways=2,
+            balancer=balancer,
+            stalls="resumed",
+            programs=(balancer,),
+        )
+        for balancer in BALANCERS
     ),
-    Scenario(
-        "gateway SIGTERM (drain) behind haproxy",
-        drain,
-        gateways=2,
-        balanced=True,
-        kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
-        stalls="resumed",
-        programs=("haproxy",),
-        settings={"drain_delay_s": 0.5},
+    *(
+        Scenario(
+            f"gateway SIGTERM (drain) behind {balancer}",
+            drain,
+            gateways=2,
+            balancer=balancer,
+            kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
+            stalls="resumed",
+            programs=(balancer,),
+            settings={"drain_delay_s": 0.5},
+        )
+        for balancer in BALANCERS
     ),
     Scenario(
         "rolling restart of everything",
         roll,
         gateways=2,
-        balanced=True,
+        balancer="haproxy",
         kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
         programs=("haproxy",),
         settings={"drain_delay_s": 0.5, "drain_grace_s": 1},

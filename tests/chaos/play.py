@@ -69,7 +69,7 @@ class Scenario:
     Attributes:
         name: as it stands in the table. act: makes it happen.
         fast: whether `make test` plays it, too.
-        gateways, workers, replicas: processes. balanced: behind a load balancer.
+        gateways, workers, replicas: processes. balancer: in front of the gateways.
         kinds: of streams. breaks: plain streams may be told that they failed.
         stalls: whose stalls count: moved (to another worker), resumed, all.
         hits_few: it is no wonder if a fault hits none of them.
@@ -90,7 +90,7 @@ class Scenario:
     fast: bool = False
     gateways: int = 1
     workers: int = 2
-    balanced: bool = False
+    balancer: str = ""
     tcp: bool = False
     kinds: tuple[str, ...] = SURVIVING
     tokens: tuple[int, int] = (40, 110)
@@ -181,8 +181,8 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
             for _ in range(count):
                 world.start(role)
         await world.ready(scenario.workers)
-        if scenario.balanced:
-            world.balance()
+        if scenario.balancer:
+            world.balance(scenario.balancer)
         # A server that has just started declares nobody dead: faults come to one that runs.
         await asyncio.sleep(2 * LEASE_MS / 1000)
         async with AsyncExitStack() as stack:

@@ -15,7 +15,8 @@ from types import TracebackType
 from urllib.parse import quote
 
 import redis
-from cluster import ROOT, Cluster, Process, free_port
+from balancers import Balancer
+from cluster import ROOT, Cluster, Process
 from sentinel import PASSWORD, Replicated
 
 from chaos import engine
@@ -28,30 +29,6 @@ LEASE_MS = 1500
 STEP_MS = 10
 TOKENS_PER_MINUTE = 3000
 """20 ms a token: a caller's bucket keeps the sum of what it used for as long as a test looks."""
-
-_HAPROXY = """\
-global
-    maxconn 4000
-defaults
-    mode http
-    timeout connect 500ms
-    timeout client 60s
-    timeout server 60s
-    # A gateway that is slow to say that it is ready is not away.
-    timeout check 2s
-    option http-no-delay
-    option redispatch 1
-    retries 3
-    retry-on conn-failure empty-response 503
-frontend edge
-    bind 127.0.0.1:{port}
-    default_backend gateways
-backend gateways
-    balance roundrobin
-    option httpchk GET /readyz
-    default-server inter 100ms fastinter 50ms fall 1 rise 1 observe layer4 error-limit 1 \
-on-error mark-down
-"""
 
 
 class World(Cluster):
@@ -100,7 +77,7 @@ class World(Cluster):
         self.orders = folder / "orders"
         self.orders.mkdir(parents=True)
         self.marks: list[float] = []
-        self._haproxy: subprocess.Popen[bytes] | None = None
+        self._balancer: Balancer | None = None
         self._client: redis.Redis | None = None
         self.disk = folder / "redis"
         self._disk_mb = disk_mb
@@ -126,9 +103,8 @@ class World(Cluster):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._haproxy is not None:
-            self._haproxy.kill()
-            self._haproxy.wait()
+        if self._balancer is not None:
+            self._balancer.stop()
         if self._client is not None:
             self._client.close()
         if self.pair is None:
@@ -250,20 +226,10 @@ class World(Cluster):
 
     # -- in front of it --
 
-    def balance(self) -> None:
-        """Puts a haproxy in front of the gateways that there are."""
-        self.proxy = free_port()
-        lines = [_HAPROXY.format(port=self.proxy)]
-        lines += [f"    server g{port} 127.0.0.1:{port} check\n" for port in self.ports]
-        config = self.folder / "haproxy.cfg"
-        config.write_text("".join(lines))
-        with (self.folder / "haproxy.log").open("wb") as log:
-            self._haproxy = subprocess.Popen(
-                self._lifeline.command(["haproxy", "-f", str(config), "-db"]),
-                pass_fds=self._lifeline.fds,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+    def balance(self, kind: str) -> None:
+        """Puts a load balancer in front of the gateways that there are."""
+        self._balancer = Balancer(kind, self.folder, self.ports, self._lifeline)
+        self.proxy = self._balancer.port
 
     def urls(self) -> list[str]:
         """Where clients go."""
