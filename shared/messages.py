@@ -186,7 +186,8 @@ class EngineCard(Message, frozen=True):
 
     Attributes:
         prefix_queries, prefix_hits: tokens looked for and found in its prefix cache; an engine of
-            an older release tells 0. The others are fields of the engine's info and stats.
+            an older release tells 0. draining: an engine of release 0.1 that is; later ones send no
+            card any more then. The others are fields of the engine's info and stats.
     """
 
     engine: str

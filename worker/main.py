@@ -111,7 +111,6 @@ class Worker:
         self._mv = keys.model_version(model, files.version)
         self._vocabulary = Vocabulary(Tokenizer.from_str(files.tokenizer_json))
         self._started = time.time()
-        self._draining = False
         self._store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
         self._outbox = Outbox(self._store, self._mv, self._id)
         self._driver: Driver | None = None
@@ -137,20 +136,25 @@ class Worker:
             background = [
                 tasks.create_task(listen(self._store, self._settings.redis_url, self._id, heard)),
                 tasks.create_task(self._outbox.run()),
-                tasks.create_task(beat(self._store, self._model, self.card)),
             ]
+            beating = tasks.create_task(beat(self._store, self._model, self.card))
             taking = tasks.create_task(intake.run())
             announcing = tasks.create_task(self._announce(heard))
             error = await stop
             await end(announcing)
             intake.stop()
             await taking
+            # It takes nothing any more: where its version has no other engine, new requests have to
+            # go to the next version. Its lease, by which its streams are its own, is another matter.
+            await end(beating)
+            await self._leave()
             if error is None:
                 await self._drain(driver)
             else:
                 # What it owns is taken over by others: its heartbeat and its lease end here.
                 log.critical("engine failed", exc_info=error)
             await end(*background)
+        # Now that it owns nothing its consumers go, too.
         await self._leave()
         if error is None:
             await driver.stop()
@@ -174,7 +178,7 @@ class Worker:
             running=stats.running,
             waiting=stats.waiting,
             kv_usage=stats.kv_usage,
-            draining=self._draining,
+            draining=False,
             started=self._started,
             steps=stats.steps,
             prompt_tokens=stats.prompt_tokens,
@@ -207,7 +211,6 @@ class Worker:
 
     async def _drain(self, driver: Driver) -> None:
         """Finishes what fits in the grace time and hands the rest to other workers."""
-        self._draining = True
         loop = asyncio.get_running_loop()
         until = loop.time() + self._settings.drain_grace_s
         log.info("draining", extra={"streams": len(self._outbox.streams)})
