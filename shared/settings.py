@@ -132,8 +132,9 @@ class Settings:
     )
     kv_cache_mb: int = _setting(
         0,
-        "memory for the KV cache, in MiB; 0 = on a CPU 2048 or one context if that is more, at "
-        "most 30 % of the free memory; on a GPU 70 % of it. A small one shortens the context",
+        "memory for the KV cache, in MiB; 0 = on a CPU as much as the weights, but 512 to 4096, "
+        "or one context if that is more, at most 30 % of the free memory; on a GPU 70 % of it. A "
+        "small one shortens the context",
         _WORKER,
         low=0,
         high=2**24,

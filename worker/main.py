@@ -144,8 +144,8 @@ class Worker:
             await end(announcing)
             intake.stop()
             await taking
-            # It takes nothing any more: where its version has no other engine, new requests have to
-            # go to the next version. Its lease, by which its streams are its own, is another matter.
+            # It takes nothing any more: where its version has no other engine, new requests must go
+            # to the next version. Its lease, by which its streams are its own, is something else.
             await end(beating)
             await self._leave()
             if error is None:

@@ -36,7 +36,7 @@ def test_without_a_measurement_nothing_is_limited() -> None:
     pace.observe(8, 0, 0.1)
     assert pace.rows(8, BUDGET) == BUDGET
     pace.observe(8, 100, 0.2)
-    assert pace.rows(8, BUDGET) == 64
+    assert pace.rows(8, BUDGET) == 56
     assert pace.rows(0, BUDGET) == BUDGET, "nobody waits"
 
 
@@ -59,13 +59,20 @@ def test_it_follows_what_steps_cost() -> None:
 
 
 def test_a_prompt_always_gets_on() -> None:
-    assert warm(0.001, 0.01).rows(8, BUDGET) == 32
+    assert warm(0.001, 0.01).rows(8, BUDGET) == 8
+
+
+def test_a_piece_fills_whole_tiles_where_that_is_bearable() -> None:
+    slow, fast = warm(0.001, 0.01), warm(0.04, 0.001)
+    generating = (1, 7, 8, 9, 16, 31)
+    assert [slow.rows(n, BUDGET) for n in generating] == [8] * 6
+    assert [fast.rows(n, BUDGET) for n in generating] == [15, 25, 24, 23, 16, 17]
 
 
 def test_pieces_have_few_sizes() -> None:
     sizes = {warm(0.04, 0.0003 * (1 + i / 100)).rows(8, BUDGET) for i in range(100)}
     assert len(sizes) <= 4
-    assert all(size % 16 == 0 for size in sizes)
+    assert all((8 + size) % 16 == 0 for size in sizes)
 
 
 def test_a_step_that_was_held_up_changes_little() -> None:
@@ -87,7 +94,7 @@ def test_a_first_slow_step_is_forgotten_soon() -> None:
 
 def test_rows_that_were_measured_on_a_busy_machine_are_forgotten_soon() -> None:
     pace = warm(0.04, 0.003)
-    assert pace.rows(8, BUDGET) == 32
+    assert pace.rows(8, BUDGET) == 8
     simulate(pace, 0.04, 0.0003, 30)
     assert pace.rows(8, BUDGET) >= 64
 
@@ -97,5 +104,6 @@ def test_the_nearest_size_stands_for_one_that_was_not_seen() -> None:
     pace.observe(2, 0, 0.02)
     pace.observe(64, 0, 0.2)
     pace.observe(0, 100, 0.02 + 100 * 0.0002)
-    assert pace.rows(3, BUDGET) == pace.rows(2, BUDGET) == 64
-    assert pace.rows(40, BUDGET) == pace.rows(64, BUDGET) > 512
+    assert pace.rows(3, BUDGET) + 3 == pace.rows(2, BUDGET) + 2 == 64
+    assert abs(pace.rows(40, BUDGET) - pace.rows(64, BUDGET)) < 16
+    assert pace.rows(64, BUDGET) > 512

@@ -17,18 +17,19 @@ _SHARE: Final = 0.7
 """Of a step that only generates: what a piece may add to it. Not 1, as costs vary from step to step
 and the slowest of a hundred steps is to stay below twice its time without the prompt."""
 
-_LEAST: Final = 32
-"""Rows of a piece at least, or a long prompt would take forever beside a fast model."""
+_TILE: Final = 16
+"""Matrices are multiplied by so many rows at once, so a step's rows are whole tiles where that is
+bearable. And no step gets a shape of its own for every jitter of the clock."""
 
-_GRAIN: Final = 16
-"""Pieces are multiples of it: no step gets a shape of its own for every jitter of the clock."""
+_LEAST: Final = 8
+"""Rows of a piece at least, or a long prompt would take forever beside a fast model."""
 
 _DECODE_WEIGHT: Final = 0.1
 _MUCH_FASTER_WEIGHT: Final = 0.5
 """Of a step that only generates. The first ones are slow, or another process went away."""
 
 _ROW_WEIGHT: Final = 0.25
-_FULL_PIECE: Final = 64
+_FULL_PIECE: Final = 16
 """From so many rows on a step tells all it can about the cost of one."""
 
 _CREDIBLE: Final = 2.0
@@ -73,7 +74,9 @@ class Pace:
         decode_s = self._decode(generating)
         if not generating or decode_s is None or not self._row_s:
             return budget
-        return max(_LEAST, int(_SHARE * decode_s / self._row_s) // _GRAIN * _GRAIN)
+        bearable = max(_LEAST, int(_SHARE * decode_s / self._row_s))
+        filled = (generating + bearable) // _TILE * _TILE - generating
+        return filled if filled >= _LEAST else bearable
 
     def _decode(self, generating: int) -> float | None:
         """Seconds of a step that only generates, from those of the most similar size."""

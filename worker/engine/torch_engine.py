@@ -32,14 +32,15 @@ from worker.engine.sampler import FAILED, Draw
 from worker.engine.scheduler import Scheduler, Work
 from worker.engine.sequence import Sequence, check_request
 
-_STEP_ROWS: Final = 256
+_STEP_ROWS: Final = 192
 """Rows of a step: fewer waste the weights that every step reads, more make the others wait."""
 
 _LEAST_PIECE: Final = 16
 """Rows of prompts in a step at least: with fewer, a long prompt would take forever."""
 
-_AUTO_CACHE_BYTES: Final = 2 << 30
-"""On a CPU, if one context does not need more and the memory is free."""
+_AUTO_CACHE_BYTES: Final = (512 << 20, 4 << 30)
+"""On a CPU: as much as the weights, within these bounds, if one context does not need more and the
+memory is free."""
 
 _AUTO_CACHE_SHARE: Final = {"cpu": 0.3, "cuda": 0.7}
 """Of the free memory. A GPU has nobody else; what is left is for what a step needs."""
@@ -79,7 +80,9 @@ class TorchEngine:
         if blocks:
             size: Callable[[int], int] = lambda block_bytes: blocks  # noqa: E731
         else:
-            size = _cache_size(options.kv_cache_mb, most, blocks_for(files.context_length), device)
+            weights = sum(each.numel() * each.itemsize for each in loaded.model.parameters())
+            context = blocks_for(files.context_length)
+            size = _cache_size(options.kv_cache_mb, most, context, weights, device)
         # A full batch that generates must leave room in the step for prompts.
         rows = max(step_rows, options.max_batch_size + step_rows // 2)
         try:
@@ -413,7 +416,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _cache_size(
-    megabytes: int, most: int, context: int, device: torch.device
+    megabytes: int, most: int, context: int, weights: int, device: torch.device
 ) -> Callable[[int], int]:
     """How many blocks the cache gets, from the bytes of one.
 
@@ -421,6 +424,7 @@ def _cache_size(
         megabytes: if it is set.
         most: blocks of a full batch of full contexts, more are of no use.
         context: blocks of one context.
+        weights: bytes of the model.
         device: where it will be.
     """
 
@@ -435,7 +439,9 @@ def _cache_size(
             why = f"{share:.0%} of the {free >> 20} MiB of free memory"
             count = int(free * share) // block_bytes
             if on_cpu:
-                count = min(count, max(context, _AUTO_CACHE_BYTES // block_bytes))
+                low, high = _AUTO_CACHE_BYTES
+                usual = min(max(low, weights), high)
+                count = min(count, max(context, usual // block_bytes))
         if count < LEAST_BLOCKS:
             least, whole = (-(-n * block_bytes // (1 << 20)) for n in (LEAST_BLOCKS, context))
             raise EngineError(
