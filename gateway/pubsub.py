@@ -58,7 +58,7 @@ class PubSubConnection:
     """Keeps one subscribing connection up.
 
     Args:
-        url: redis://, rediss://, unix:// or sentinel://, with credentials when there are any.
+        url: what RTS_REDIS_URL may say, with credentials when there are any.
         on_message: called with (channel, payload).
         on_subscribed: called with a channel for every confirmation, also after a reconnect.
         channels: what to subscribe to after a (re)connect.
@@ -79,6 +79,7 @@ class PubSubConnection:
         self._transport: asyncio.Transport | None = None
         self._protocol: _Protocol | None = None
         self._address: Address | None = None
+        self._tls = parse_tls(url)
         self._sentinels: Sentinels | None = None
         if is_sentinel(url):
             self._sentinels = Sentinels(parse_sentinel(url), self._leave_unless)
@@ -153,7 +154,7 @@ class PubSubConnection:
                 factory,
                 where.get("host", "localhost"),
                 where.get("port", 6379),
-                ssl=tls_context(parse_tls(self._url)),
+                ssl=tls_context(self._tls) if self._tls else None,
             )
         if password := where.get("password"):
             user = where.get("username")

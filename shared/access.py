@@ -53,7 +53,7 @@ _FINISHED: Final = (*_REQUESTS, "due", "ended")
 
 ROLES: Final = {
     "gateway": Access(
-        reads=("models", "m:*", "f:*", "open:*", "engines:*", "cards:*", "server"),
+        reads=("models", "m:*", "f:*", "open:*", "engines:*", "cards:*"),
         writes=(*_FINISHED, "b:*", "charge:*", "wake:*", "id", "secret"),
         channels=("l:*", "mark"),
         commands=f"{_ENQUEUE} {_SUBSCRIBER} expire get hgetall set smembers wait xinfo|groups "
@@ -67,8 +67,8 @@ ROLES: Final = {
         ),
         channels=("l:*", "w:*"),
         # pubsub|channels: for the probe of deploy/k8s.
-        commands=f"{_SUBSCRIBER} pubsub|channels blpop hexists lpush ltrim pexpireat sadd set xclaim "
-        "xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange zrangebyscore",
+        commands=f"{_SUBSCRIBER} pubsub|channels blpop hexists lpush ltrim pexpireat sadd set "
+        "xclaim xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange zrangebyscore",
     ),
     "control": Access(
         reads=("models", "m:*"),
@@ -80,7 +80,7 @@ ROLES: Final = {
     ),
     # Whoever looks after dead letters by hand.
     "operator": Access(
-        reads=("server", "open:*"),
+        reads=("open:*",),
         writes=(*_FINISHED, "dead", "charge:*", "wake:*"),
         channels=("l:*",),
         commands=f"{_ENQUEUE} xrange",

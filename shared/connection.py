@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from dataclasses import asdict
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -26,7 +25,7 @@ from redis.asyncio.connection import (
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError, ReadOnlyError
 
-from shared import redis_url
+from shared.redis_url import TlsFiles
 
 
 class _Cancellable(AbstractConnection):
@@ -76,6 +75,15 @@ class Tcp(_Cancellable, Connection):
 class Tls(_Cancellable, SSLConnection):
     """rediss://, and sentinels with TLS."""
 
+    def __init__(self, *, tls: TlsFiles, **options: Any) -> None:
+        self._tls = tls
+        super().__init__(**options)
+
+    def _connection_arguments(self) -> dict[str, Any]:
+        # redis-py's own would trust the system's authorities beside the one that is named, and by
+        # default not look at the name. Made anew each time, because certificates are renewed.
+        return {"host": self.host, "port": self.port, "ssl": tls_context(self._tls)}
+
 
 class _Unix(_Cancellable, UnixDomainSocketConnection):
     """unix://."""
@@ -84,19 +92,12 @@ class _Unix(_Cancellable, UnixDomainSocketConnection):
 _CLASSES = {Connection: Tcp, SSLConnection: Tls, UnixDomainSocketConnection: _Unix}
 
 
-def tls_options(tls: redis_url.Tls | None) -> dict[str, Any]:
-    """What redis-py's connections are told of TLS; nothing without."""
-    if tls is None:
-        return {}
-    files = {name: value for name, value in asdict(tls).items() if value}
-    # By default redis-py 5 does not look at the name.
-    return {**files, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
+def tls_context(tls: TlsFiles) -> ssl.SSLContext:
+    """Verifies the server's certificate and the name in it.
 
-
-def tls_context(tls: redis_url.Tls | None) -> ssl.SSLContext | None:
-    """The same for connections of our own."""
-    if tls is None:
-        return None
+    Raises:
+        OSError, ssl.SSLError: a file is not there, or not what it should be.
+    """
     context = ssl.create_default_context(cafile=tls.ssl_ca_certs or None)
     if tls.ssl_certfile:
         context.load_cert_chain(tls.ssl_certfile, tls.ssl_keyfile)

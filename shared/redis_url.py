@@ -12,8 +12,8 @@ _SENTINEL_SCHEMES = ("sentinel://", "sentinels://")
 _SCHEMES = ("redis://", "rediss://", "unix://", *_SENTINEL_SCHEMES)
 _SENTINEL_PORT = 26379
 _SENTINEL_FORM = (
-    "sentinel://[user:password@]host[:port][,host[:port]...]/<master name>[/<db>]"
-    "[?sentinel_password=...]"
+    "sentinel:// or sentinels://, then [user:password@]host[:port][,host[:port]...]"
+    "/<master name>[/<db>][?sentinel_password=...]"
 )
 _SENTINEL_URL = re.compile(
     r"sentinel(?P<tls>s?)://((?P<user>[^:@/?#]*)(:(?P<password>[^@/?#]*))?@)?(?P<hosts>[^@/?#]+)"
@@ -23,7 +23,7 @@ _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]\s]+))(:(?P<por
 
 
 @dataclass(frozen=True, slots=True)
-class Tls:
+class TlsFiles:
     """Files of a connection with TLS; the server's certificate and name are always verified.
 
     Attributes:
@@ -36,7 +36,7 @@ class Tls:
     ssl_keyfile: str = ""
 
 
-_TLS = tuple(each.name for each in fields(Tls))
+_TLS = tuple(each.name for each in fields(TlsFiles))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class SentinelUrl:
     username: str = ""
     password: str = field(default="", repr=False)
     sentinel_password: str = field(default="", repr=False)
-    tls: Tls | None = None
+    tls: TlsFiles | None = None
 
 
 def is_sentinel(url: str) -> bool:
@@ -64,12 +64,12 @@ def is_sentinel(url: str) -> bool:
     return url.startswith(_SENTINEL_SCHEMES)
 
 
-def parse_tls(url: str) -> Tls | None:
+def parse_tls(url: str) -> TlsFiles | None:
     """How a checked rediss:// or sentinels:// URL wants it; None for others."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("rediss", "sentinels"):
         return None
-    return Tls(**{name: value for name, value in _options(parts.query) if name in _TLS})
+    return TlsFiles(**{name: value for name, value in _options(parts.query) if name in _TLS})
 
 
 def parse_sentinel(url: str) -> SentinelUrl:
@@ -115,6 +115,7 @@ def check_redis_url(url: str) -> None:
         )
     if is_sentinel(url):
         parse_sentinel(url)
+        _refuse_missing(url)
         return
     try:
         parts = urllib.parse.urlsplit(url)
@@ -129,6 +130,7 @@ def check_redis_url(url: str) -> None:
         db = parts.path.removeprefix("/")
     if (db or "db" in options) and not re.fullmatch("[0-9]{1,6}", db):
         raise ValueError("the database must be a number")
+    _refuse_missing(url)
 
 
 def _options(query: str) -> list[tuple[str, str]]:
@@ -140,7 +142,10 @@ def _refuse_options(options: Mapping[str, str], known: set[str]) -> None:
         raise ValueError(f"of options behind a ?, only {', '.join(sorted(known))} are supported")
     if bool(options.get("ssl_certfile")) != bool(options.get("ssl_keyfile")):
         raise ValueError("ssl_certfile and ssl_keyfile go together")
-    for name in _TLS:
-        # Told at the start, and by name: the TLS library says only that there is no such file.
-        if name in options and not Path(options[name]).is_file():
+
+
+def _refuse_missing(url: str) -> None:
+    # At the start alone: later, while a certificate is renewed, a file may be away for a moment.
+    for name, value in _options(urllib.parse.urlsplit(url).query):
+        if name in _TLS and not Path(value).is_file():
             raise ValueError(f"{name} names no file")

@@ -17,7 +17,7 @@ import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError, RedisError
 
-from shared.connection import Tcp, Tls, tls_options
+from shared.connection import Tcp, Tls
 from shared.redis_url import SentinelUrl
 from shared.tasks import end
 
@@ -154,6 +154,8 @@ class SentinelPool(aioredis.BlockingConnectionPool):
 
     def __init__(self, url: SentinelUrl, *, socket_connect_timeout: float, **options: Any) -> None:
         self._sentinels = Sentinels(url, self._cut_others)
+        if url.tls:
+            options["tls"] = url.tls
         super().__init__(
             connection_class=_TlsToMaster if url.tls else _TcpToMaster,
             sentinels=self._sentinels,
@@ -162,7 +164,6 @@ class SentinelPool(aioredis.BlockingConnectionPool):
             password=url.password or None,
             socket_connect_timeout=min(CONNECT_S, socket_connect_timeout),
             **options,
-            **tls_options(url.tls),
         )
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
@@ -178,7 +179,9 @@ class SentinelPool(aioredis.BlockingConnectionPool):
 
 
 def _client(host: str, port: int, url: SentinelUrl) -> aioredis.Redis:
-    options: dict[str, Any] = {"timeout": ASK_S, "socket_timeout": ASK_S, **tls_options(url.tls)}
+    options: dict[str, Any] = {"timeout": ASK_S, "socket_timeout": ASK_S}
+    if url.tls:
+        options["tls"] = url.tls
     pool = aioredis.BlockingConnectionPool(
         connection_class=Tls if url.tls else Tcp,
         host=host,

@@ -19,7 +19,7 @@ import redis.asyncio as aioredis
 from redis.exceptions import NoScriptError, RedisError
 
 from shared import keys, messages
-from shared.connection import make_cancellable, tls_options
+from shared.connection import make_cancellable
 from shared.errors import NotReplicated, StoreUnavailable
 from shared.redis_url import is_sentinel, parse_sentinel, parse_tls
 from shared.sentinel import SentinelPool
@@ -232,7 +232,8 @@ def connect(url: str, *, timeout_s: float, connections: int = 16) -> aioredis.Re
     }
     if is_sentinel(url):
         return aioredis.Redis(connection_pool=SentinelPool(parse_sentinel(url), **options))
-    options |= tls_options(parse_tls(url))
+    if tls := parse_tls(url):
+        options["tls"] = tls
     pool = aioredis.BlockingConnectionPool.from_url(url, **options)
     make_cancellable(pool)
     return aioredis.Redis(connection_pool=pool)

@@ -56,7 +56,7 @@ def _haproxy(port: int, ports: Sequence[int]) -> str:
 
 
 def _nginx(port: int, ports: Sequence[int], folder: Path) -> str:
-    rule = " max_fails=1 fail_timeout=2s;"
+    rule = " max_fails=0;"
     temporary = [
         f"    {name}_temp_path {folder}/{name};"
         for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -15,10 +17,12 @@ from cluster import Cluster, free_port
 from gateway_site import letters
 from sentinel import PASSWORD, Member, Replicated
 
+from gateway.pubsub import PubSubConnection
 from realtime_serve.lifeline import Lifeline
 from realtime_serve.redis_server import check_server
 from shared import keys
 from shared.errors import StoreUnavailable
+from shared.settings import Settings, SettingsError
 from shared.store import Store, connect
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 10, "seed": 5}
@@ -67,17 +71,70 @@ async def identity(address: str) -> bytes:
 
 
 async def test_both_sides_are_verified(tmp_path: Path, certificates: Certificates) -> None:
-    (tmp_path / "other").mkdir()
-    other = Certificates(tmp_path / "other")
     with serving(tmp_path, certificates) as server:
         assert await identity(url(server, certificates.options()))
         assert server.client.exists(keys.IDENTITY)
-        for options in ("", certificates.options(client=False), other.options()):
-            with pytest.raises(StoreUnavailable, match=r"(?i)certificate|connection"):
-                await identity(url(server, options))
-        # Without TLS nobody answers either.
+        # The server asks for a certificate, and nothing else is wrong.
+        with pytest.raises(StoreUnavailable, match=r"(?i)certificate.required|closed|reset"):
+            await identity(url(server, certificates.options(client=False)))
         with pytest.raises(StoreUnavailable):
             await identity(f"redis://:p%40ss%2Fword@127.0.0.1:{server.port}/0")
+
+
+@pytest.mark.parametrize("system", [False, True])
+async def test_only_the_named_authority_is_trusted(
+    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, system: bool
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Certificates(tmp_path / "other")
+    if system:
+        # One whom the system trusts has signed the server's certificate: that does not count.
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    with serving(tmp_path, certificates) as server:
+        mine = certificates.options().replace(quote(str(certificates.ca), safe=""), "{ca}")
+        address = url(server, mine.format(ca=quote(str(other.ca), safe="")))
+        with pytest.raises(StoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            await identity(address)
+        with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+            await subscribe(address)
+        # Without a name of one it does.
+        bare = url(server, mine.replace("ssl_ca_certs={ca}&", ""))
+        if system:
+            assert await identity(bare)
+            await subscribe(bare)
+
+
+async def subscribe(address: str) -> None:
+    """As gateways do; returns once it is up."""
+    connection = PubSubConnection(
+        address, on_message=lambda *_: None, on_subscribed=lambda _: None, channels=list
+    )
+    running = asyncio.create_task(connection._connected())
+    try:
+        while not connection.up:
+            await asyncio.wait([running], timeout=0.02)
+            if running.done():
+                running.result()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_certificate_may_be_away_for_a_moment(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    with serving(tmp_path, certificates) as server:
+        address = url(server, certificates.options())
+        away = certificates.ca.with_suffix(".new")
+        certificates.ca.rename(away)
+        with pytest.raises(StoreUnavailable, match="No such file"):
+            await identity(address)
+        with pytest.raises(OSError, match="No such file"):
+            await subscribe(address)
+        with pytest.raises(SettingsError, match="ssl_ca_certs names no file"):
+            Settings.load({"RTS_REDIS_URL": address})
+        away.rename(certificates.ca)
+        assert await identity(address)
 
 
 async def test_a_certificate_of_another_host_is_refused(tmp_path: Path) -> None:

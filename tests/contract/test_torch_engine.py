@@ -468,11 +468,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, row_s: float, lease_ms: int, share: f
 @pytest.mark.parametrize(
     ("row_s", "lease_ms", "low", "high"),
     [
-        (0.0001, 3000, 256, 256),
+        (0.0001, 3000, 192, 192),
         (0.001, 400, 85, 100),
-        (0.001, 4000, 256, 256),
+        (0.001, 4000, 192, 192),
         (0.005, 400, 20, 20),
-        (1.0, 0, 256, 256),
+        (1.0, 0, 192, 192),
     ],
 )
 def test_steps_are_made_to_fit_the_lease(
@@ -528,6 +528,25 @@ def test_the_cache_is_chosen_by_free_memory_and_what_it_shortens_is_told(
     assert "4096" in caplog.text
     assert str(tight.info.context_length) in caplog.text
     assert tight.files.version != roomy.files.version
+
+
+@pytest.mark.parametrize(
+    ("weights", "context", "free", "megabytes"),
+    [
+        (100 << 20, 10, 1 << 40, 512),
+        (1 << 30, 10, 1 << 40, 1024),
+        (100 << 30, 10, 1 << 40, 4096),
+        (100 << 20, 700, 1 << 40, 700),
+        (1 << 30, 10, 1000 << 20, 300),
+    ],
+)
+def test_a_cache_is_as_large_as_the_weights_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, weights: int, context: int, free: int, megabytes: int
+) -> None:
+    monkeypatch.setattr(torch_engine, "free_bytes", lambda: free)
+    size = torch_engine._cache_size(0, 10**6, context, weights, torch.device("cpu"))
+    # Blocks of a MiB.
+    assert size(1 << 20) == megabytes
 
 
 def test_a_cache_that_is_too_small_is_told_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,11 @@ IMAGES = {
     "worker": ("realtime-ai-serve-worker", "realtime-ai-serve-worker-cuda"),
     "": ("valkey/valkey",),
 }
-BY_HAND = {"redis", "model-hub"}
-"""Secrets that docs/kubernetes.md has people make."""
+BY_HAND = {
+    "redis": {"password", "gateway-url", "control-url", "worker-url"},
+    "model-hub": {"token"},
+}
+"""Secrets that docs/kubernetes.md has people make, and their keys."""
 PRIVATE = ("/metrics", "/status", "/health", "/livez", "/readyz")
 """Paths that are not for clients from outside."""
 SCRAPED = {"namespace", "pod", "container", "job", "endpoint", "le"}
@@ -115,8 +118,9 @@ def _ending_s(pod: Pod) -> float:
         last_s = 2 * LAST_STEPS_S + ERRANDS_S
         return hook_s + settings.drain_delay_s + settings.drain_grace_s + last_s
     if pod.role == "worker":
-        # Giving streams back and signing off, while Redis may be away.
-        return hook_s + settings.drain_grace_s + 2 * REDIS_TIMEOUT_S
+        # A take that is under way, signing off, giving streams back and signing off again, while
+        # Redis may be away.
+        return hook_s + settings.drain_grace_s + 4 * REDIS_TIMEOUT_S
     return hook_s + _CONTROL_S
 
 
@@ -289,6 +293,10 @@ def _is_writable(pod: Pod, path: str) -> bool:
 def reference_problems(objects: list[Object]) -> list[str]:
     """Names of what is not there, selectors that find nothing, pods without a budget."""
     there = {name(item) for item in objects}
+    known = {
+        item["metadata"]["name"]: {*item.get("data", {}), *item.get("stringData", {})}
+        for item in of_kind(objects, "Secret")
+    }
     found = []
     for pod in pods(objects):
         wanted = {
@@ -300,8 +308,14 @@ def reference_problems(objects: list[Object]) -> list[str]:
                 wanted.add(f"ConfigMap/{volume['configMap']['name']}")
             if "persistentVolumeClaim" in volume:
                 wanted.add(f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}")
-        secrets = {v["secretKeyRef"]["name"] for v in pod.env.values() if "secretKeyRef" in v}
-        wanted |= {f"Secret/{secret}" for secret in secrets - BY_HAND}
+        refs = [v["secretKeyRef"] for v in pod.env.values() if "secretKeyRef" in v]
+        secrets = {ref["name"] for ref in refs}
+        found += [
+            f"{pod.name}: Secret {ref['name']} has no {ref['key']}"
+            for ref in refs
+            if ref["key"] not in known.get(ref["name"], BY_HAND.get(ref["name"], set()))
+        ]
+        wanted |= {f"Secret/{secret}" for secret in secrets - BY_HAND.keys()}
         found += [f"{pod.name}: there is no {what}" for what in sorted(wanted - there)]
         if not pod.owner["spec"]["selector"]["matchLabels"].items() <= pod.labels.items():
             found.append(f"{pod.name}: does not select its pods")

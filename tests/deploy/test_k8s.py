@@ -387,6 +387,11 @@ FAULTS: list[tuple[str, Change, str]] = [
         "there is no",
     ),
     (
+        "reference_problems",
+        lambda o: pod(o, "control").env["RTS_REDIS_URL"]["secretKeyRef"].update(key="control-uri"),
+        "Secret redis has no control-uri",
+    ),
+    (
         "hardening_problems",
         lambda o: _part_of(o, "worker", "securityContext").update(readOnlyRootFilesystem=False),
         "read-only root",

@@ -337,22 +337,29 @@ async def test_a_worker_that_drains_hands_its_streams_to_another(tmp_path: Path)
         assert await asyncio.to_thread(old.popen.wait, 10) == 0
 
 
+def version(cluster: Cluster) -> str:
+    status, body = cluster.get("/status")
+    assert status == 200
+    return str(body["models"]["echo"]["version"])
+
+
 async def test_new_requests_go_to_a_new_version_while_the_old_one_drains(tmp_path: Path) -> None:
     with Cluster(tmp_path, echo_step_ms=10, drain_grace_s=20) as found:
         found.up(workers=1, control=False)
         old = found.processes[1]
-        long = asyncio.create_task(infer(found.url, max_tokens=600, seed=6))
+        before = version(found)
+        long = asyncio.create_task(infer(found.url, max_tokens=1500, seed=6))
         # The same name, other files.
         new = found.start("worker", engine="other_version:Other", model="echo")
-        while '"message": "ready"' not in new.log.read_text():
-            await asyncio.sleep(0.02)
-        old.signal(15)
-        # A heartbeat of the new one, and a look at the models by the gateway.
-        await asyncio.sleep(2.5)
-        async with asyncio.timeout(1.5):
+        async with asyncio.timeout(20):
+            while '"message": "ready"' not in new.log.read_text():
+                await asyncio.sleep(0.02)
+            old.signal(15)
+            while version(found) == before:
+                await asyncio.sleep(0.05)
             assert (await infer(found.url, max_tokens=5, seed=7))["text"] == letters(7, 5)
         assert not long.done(), "the old one was still at it"
-        assert (await long)["text"] == letters(6, 600)
+        assert (await long)["text"] == letters(6, 1500)
         assert await asyncio.to_thread(old.popen.wait, 10) == 0
 
 

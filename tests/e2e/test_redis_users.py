@@ -128,7 +128,7 @@ async def test_everything_works_and_nothing_is_refused(place: Place) -> None:
             assert read_events(await reply.text())[-1].data == "[DONE]"
         async with http.get(f"{url}/metrics") as reply:
             assert reply.status == 200
-    with redis.Redis.from_url(place.url("worker")) as worker:
+    with redis.Redis.from_url(place.url("worker"), lib_name=None, lib_version=None) as worker:
         assert worker.pubsub_channels("rts:w:*"), "as the probe of deploy/k8s asks"
     # Control has settled what ended, and swept.
     await until(lambda: is_settled(place.admin), 20)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 LONG_ROWS: Final = 768
-"""A prompt with more rows to compute is long. What takes two or three full steps is over before a
+"""A prompt with more rows to compute is long. What takes a few full steps is over before a
 pace would matter, and a slower start would cost tokens where many short prompts come and go."""
 
 _SHARE: Final = 0.7
@@ -19,7 +19,7 @@ and the slowest of a hundred steps is to stay below twice its time without the p
 
 _TILE: Final = 16
 """Matrices are multiplied by so many rows at once, so a step's rows are whole tiles where that is
-bearable. And no step gets a shape of its own for every jitter of the clock."""
+bearable."""
 
 _LEAST: Final = 8
 """Rows of a piece at least, or a long prompt would take forever beside a fast model."""

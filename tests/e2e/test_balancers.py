@@ -1,0 +1,129 @@
+"""The shipped configurations of haproxy and nginx, in front of real gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from balancers import BALANCERS, Balancer
+from cluster import ROOT, Cluster
+from gateway_site import letters, until
+from yarl import URL
+
+from realtime_serve.lifeline import Lifeline
+from shared.settings import Settings
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+
+BODY = {"model": "echo", "prompt": "hello", "max_tokens": 20, "seed": 5}
+
+
+class Front:
+    """A cluster behind a balancer."""
+
+    def __init__(self, cluster: Cluster, balancer: Balancer) -> None:
+        self.cluster = cluster
+        self.url = f"http://127.0.0.1:{balancer.port}"
+
+    async def post(self, http: aiohttp.ClientSession, **more: Any) -> tuple[int, Any]:
+        async with http.post(f"{self.url}/infer", json={**BODY, **more}) as reply:
+            return reply.status, await reply.json()
+
+
+@pytest.fixture(params=BALANCERS)
+def front(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Front]:
+    if not shutil.which(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(tmp_path, echo_step_ms=50, queue_limit=1))
+        cluster.up(gateways=2)
+        lifeline = Lifeline()
+        stack.callback(lifeline.close)
+        balancer = Balancer(request.param, tmp_path, cluster.ports, lifeline)
+        stack.callback(balancer.stop)
+        yield Front(cluster, balancer)
+
+
+async def answers(front: Front, http: aiohttp.ClientSession) -> bool:
+    try:
+        return (await front.post(http))[0] == 200
+    except aiohttp.ClientError:
+        return False
+
+
+async def test_events_come_at_once(front: Front) -> None:
+    async with aiohttp.ClientSession() as http:
+        await until(lambda: answers(front, http))
+        async with http.post(f"{front.url}/infer_stream", json=BODY) as reply:
+            times = [time.monotonic() async for line in reply.content if line.startswith(b"data")]
+    # 20 tokens, 50 ms apart; held back, they would come in heaps.
+    gaps = [after - before for before, after in itertools.pairwise(times[:20])]
+    assert len(gaps) == 19
+    assert sorted(gaps)[-3] < 0.15, gaps
+    assert sorted(gaps)[2] > 0.02, gaps
+
+
+async def test_what_is_not_for_everybody_is_not_found(front: Front) -> None:
+    async with aiohttp.ClientSession() as http:
+        await until(lambda: answers(front, http))
+        for path in ("/metrics", "/status", "/%6detrics", "/metrics?x=1", "/st%61tus"):
+            async with http.get(URL(front.url + path, encoded=True)) as reply:
+                assert reply.status == 404, path
+        async with http.get(f"{front.url}/models") as reply:
+            assert reply.status == 200
+
+
+async def test_one_full_queue_takes_nothing_from_others(front: Front) -> None:
+    async with aiohttp.ClientSession() as http:
+        await until(lambda: answers(front, http))
+        (worker,) = (p for p in front.cluster.processes if p.role == "worker")
+        # It stands still: what is queued stays there.
+        worker.signal(19)
+        low: dict[str, Any] = {"priority": "low", "client_id": "one"}
+        waiting = [asyncio.create_task(front.post(http, **low)) for _ in range(8)]
+        refused = []
+        async with asyncio.timeout(20):
+            while len(refused) < 4:
+                await asyncio.sleep(0.05)
+                refused = [task.result() for task in waiting if task.done()]
+                waiting += [asyncio.create_task(front.post(http, **low))]
+        assert {status for status, _ in refused} == {503}
+        assert {body["error"]["code"] for _, body in refused} == {"queue_full"}
+        high = asyncio.create_task(front.post(http, priority="high"))
+        await asyncio.sleep(0.3)
+        worker.signal(18)
+        status, body = await high
+        assert (status, body.get("text")) == (200, letters(5, 20)), body
+        await asyncio.gather(*waiting)
+
+
+async def test_without_a_gateway_it_says_so_as_one_would(front: Front) -> None:
+    async with aiohttp.ClientSession() as http:
+        await until(lambda: answers(front, http))
+        for process in front.cluster.processes:
+            if process.role == "gateway":
+                process.kill()
+        async with http.post(f"{front.url}/infer", json=BODY) as reply:
+            body = await reply.json()
+            assert (reply.status, body["error"]["code"]) == (503, "no_gateway")
+            assert reply.headers["Retry-After"] == "1"
+
+
+def test_the_longest_answer_in_one_piece_is_waited_for() -> None:
+    haproxy = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
+    nginx = (ROOT / "deploy/nginx/nginx.conf").read_text()
+    found = [
+        *re.findall(r"timeout (?:client|server) (\d+)s", haproxy),
+        *re.findall(r"proxy_read_timeout (\d+)s", nginx),
+    ]
+    assert len(found) == 3
+    assert all(int(seconds) > Settings().timeout_s for seconds in found)
