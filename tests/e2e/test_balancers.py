@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -39,16 +38,19 @@ class Front:
             return reply.status, await reply.json()
 
 
-@pytest.fixture(params=BALANCERS)
-def front(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Front]:
+@pytest.fixture(params=BALANCERS, scope="module")
+def front(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Front]:
     if not shutil.which(request.param):
         pytest.skip(f"{request.param} is not installed")
+    folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(tmp_path, echo_step_ms=50, queue_limit=1))
+        cluster = stack.enter_context(Cluster(folder, echo_step_ms=50, queue_limit=1))
         cluster.up(gateways=2)
         lifeline = Lifeline()
         stack.callback(lifeline.close)
-        balancer = Balancer(request.param, tmp_path, cluster.ports, lifeline)
+        balancer = Balancer(request.param, folder, cluster.ports, lifeline)
         stack.callback(balancer.stop)
         yield Front(cluster, balancer)
 
@@ -107,6 +109,7 @@ async def test_one_full_queue_takes_nothing_from_others(front: Front) -> None:
 
 
 async def test_without_a_gateway_it_says_so_as_one_would(front: Front) -> None:
+    # The last test of each: there is none after it.
     async with aiohttp.ClientSession() as http:
         await until(lambda: answers(front, http))
         for process in front.cluster.processes:

@@ -50,7 +50,8 @@ class Place:
 
 
 @pytest.fixture(params=["valkey", "redis"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Nothing but a server with the users."""
     try:
         binary = find_server(request.param)
     except FileNotFoundError as error:
@@ -64,10 +65,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         # As a server would read it at its start.
         for line in acl_file(passwords).splitlines()[1:]:
             it.admin.execute_command("ACL SETUSER", *line.split()[1:])
-        for role in ("gateway", "worker", "control"):
-            it.start(role)
-        cluster.wait()
         yield it
+
+
+@pytest.fixture
+def place(server: Place) -> Place:
+    """A whole cluster on it."""
+    for role in ("gateway", "worker", "control"):
+        server.start(role)
+    server.cluster.wait()
+    return server
 
 
 async def test_everything_works_and_nothing_is_refused(place: Place) -> None:
@@ -157,8 +164,8 @@ async def test_everything_works_and_nothing_is_refused(place: Place) -> None:
         ("operator", ["FLUSHALL", "GET rts:secret", "HGET rts:b:ann r", "KEYS *"]),
     ],
 )
-def test_a_role_may_do_nothing_else(place: Place, role: str, commands: list[str]) -> None:
-    with redis.Redis.from_url(place.url(role)) as client:
+def test_a_role_may_do_nothing_else(server: Place, role: str, commands: list[str]) -> None:
+    with redis.Redis.from_url(server.url(role)) as client:
         assert client.ping()
         for command in commands:
             with pytest.raises(redis.exceptions.NoPermissionError):
@@ -168,7 +175,7 @@ def test_a_role_may_do_nothing_else(place: Place, role: str, commands: list[str]
             redis.exceptions.ResponseError, match=r"(?i)permission|can't access|can't run"
         ):
             client.eval("return redis.call('GET', 'other')", 0)
-    assert any(row[0] == role for row in place.refusals()), "they are logged"
+    assert any(row[0] == role for row in server.refusals()), "they are logged"
 
 
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
