@@ -212,7 +212,8 @@ SCENARIOS = (
         balancer="haproxy",
         kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
         programs=("haproxy",),
-        settings={"drain_delay_s": 0.5, "drain_grace_s": 1},
+        # A balancer that asks every second sends requests until the delay is over.
+        settings={"drain_delay_s": 0.5, "drain_grace_s": 3},
     ),
     Scenario("old worker, new gateway", mixed_releases, workers=1, stalls="moved"),
     Scenario("soak: all mixed", soak, gateways=2, hears_cancels=False),

@@ -43,6 +43,8 @@ runs at once: `make chaos CHAOS_ARGS='--only "gateway SIGKILL" --seed {seed}'`.
 |---|---|---|---|---|---|---|---|---|---|
 """
 
+_AGAIN = "Played again later, each on a cluster of its own like all:"
+
 
 def main() -> int:
     """Exit status 0 when no stream was wrong and the negative controls found some."""
@@ -86,12 +88,42 @@ def main() -> int:
     )
     text = _head(given.seed, servers) + "\n".join(table) + "\n" + total
     print(text)
-    if not given.only:
+    if given.update:
+        RESULTS.write_text(updated(RESULTS.read_text(), table))
+    elif not given.only:
         RESULTS.write_text(text)
     for name in blind:
         print(f"the negative control found nothing: {name}")
     lacking = bool(os.environ.get(REQUIRED)) and (skipped or set(given.servers) - set(servers))
     return 1 if wrong or blind or lacking else 0
+
+
+def updated(text: str, rows: list[str]) -> str:
+    """A table with some of its rows played again; says which, and counts anew.
+
+    Raises:
+        ValueError: there is no such row in it.
+    """
+    lines = text.splitlines()
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    for name, row in zip(names, rows, strict=True):
+        place = [i for i, line in enumerate(lines) if line.startswith(f"| {name} | ")]
+        if len(place) != 1:
+            raise ValueError(f"the table has no row {name}")
+        lines[place[0]] = row
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    good = [c for c in cells if "must be" not in c[3] and c[1].isdigit()]
+    streams, wrong = (sum(int(c[i]) for c in good) for i in (2, 3))
+    total = next(i for i, line in enumerate(lines) if " streams outside the controls, " in line)
+    _, rest = lines[total].split(" wrong; ")
+    lines[total] = f"{streams:,} streams outside the controls, {wrong} wrong; {rest}"
+    again = next((i for i, line in enumerate(lines) if line.startswith(_AGAIN)), None)
+    if again is None:
+        lines += ["", f"{_AGAIN} {'; '.join(names)}."]
+    else:
+        before = lines[again].removeprefix(_AGAIN).strip(" .").split("; ")
+        lines[again] = f"{_AGAIN} {'; '.join(dict.fromkeys([*before, *names]))}."
+    return "\n".join(lines) + "\n"
 
 
 def _missing(server: str) -> str:
@@ -152,6 +184,9 @@ def _head(seed: int, servers: list[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--only", default="", help="scenarios whose names contain this")
+    parser.add_argument(
+        "--update", action="store_true", help="put these rows into the table that is there"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times each fault happens in a play")
     parser.add_argument("--jobs", type=int, default=1, help="plays at once; they slow each other")
     parser.add_argument("--seed", type=int, default=1)

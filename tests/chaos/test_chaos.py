@@ -9,6 +9,7 @@ import pytest
 
 from chaos.catalogue import SCENARIOS
 from chaos.play import NOT_ALLOWED, REQUIRED, Scenario, play, seed_of
+from chaos.run import updated
 from chaos.world import SERVERS, find_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -46,3 +47,28 @@ async def test_no_token_is_lost_or_repeated(
     else:
         assert not row.wrong, row.wrong[:5]
         assert row.complete + row.told == row.streams or "vanish" in scenario.kinds
+
+
+def test_rows_that_are_played_again_are_counted_and_named() -> None:
+    table = "\n".join(
+        [
+            "| fault | times | streams | wrong | told | hit |",
+            "|---|---|---|---|---|---|",
+            "| one | 3 | 100 | 1 | 0 | 5 |",
+            "| two | 3 | 1000 | 0 | 0 | 5 |",
+            "| three | not run: no root | | | | |",
+            "| control: x | 3 | 50 | 7 (must be) | 0 | 5 |",
+            "",
+            "1,100 streams outside the controls, 1 wrong; 3 rounds.",
+        ]
+    )
+    once = updated(table, ["| one | 3 | 120 | 0 | 0 | 6 |"])
+    assert "| one | 3 | 120 | 0 | 0 | 6 |" in once
+    assert "| one | 3 | 100" not in once
+    assert "1,120 streams outside the controls, 0 wrong; 3 rounds." in once
+    assert once.endswith("like all: one.\n")
+    twice = updated(once, ["| two | 3 | 1 | 2 | 0 | 6 |", "| one | 3 | 1 | 0 | 0 | 6 |"])
+    assert "2 streams outside the controls, 2 wrong; 3 rounds." in twice
+    assert twice.endswith("like all: one; two.\n")
+    with pytest.raises(ValueError, match="no row four"):
+        updated(table, ["| four | 3 | 1 | 0 | 0 | 6 |"])
