@@ -112,7 +112,7 @@ def updated(text: str, rows: list[str]) -> str:
             raise ValueError(f"the table has no row {name}")
         lines[place[0]] = row
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
-    good = [c for c in cells if "must be" not in c[3] and c[1].isdigit()]
+    good = [c for c in cells if c[1].isdigit() and "must be" not in c[3]]
     streams, wrong = (sum(int(c[i]) for c in good) for i in (2, 3))
     total = next(i for i, line in enumerate(lines) if " streams outside the controls, " in line)
     _, rest = lines[total].split(" wrong; ")
