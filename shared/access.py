@@ -67,15 +67,19 @@ ROLES: Final = {
         ),
         channels=("l:*", "w:*"),
         # pubsub|channels: for the probe of deploy/k8s.
-        commands=f"{_SUBSCRIBER} pubsub|channels blpop hexists lpush ltrim pexpireat sadd set "
-        "xclaim xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange zrangebyscore",
+        commands=f"{_SUBSCRIBER} pubsub|channels blpop del hexists hgetall lpush ltrim pexpireat "
+        "sadd set xclaim xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange "
+        "zrangebyscore",
     ),
     "control": Access(
-        reads=("models", "m:*"),
-        writes=(*_FINISHED, "engines:*", "cards:*", "b:*", "settled:*", "dead", "arq", "arq:*"),
+        reads=("models",),
+        writes=(
+            *_FINISHED,
+            *("m:*", "open:*", "engines:*", "cards:*", "b:*", "settled:*", "dead", "arq", "arq:*"),
+        ),
         channels=("l:*",),
-        commands=f"{_ARQ} hkeys smembers xautoclaim xgroup|create xinfo|consumers xinfo|groups "
-        "xreadgroup xtrim zrangebyscore",
+        commands=f"{_ARQ} hgetall hkeys smembers xautoclaim xgroup|create xinfo|consumers "
+        "xinfo|groups xreadgroup xtrim zcount zrangebyscore",
         others=("arq:*",),
     ),
     # Whoever looks after dead letters by hand.

@@ -137,6 +137,19 @@ class Limited:
     tokens_reset_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """Answer of depart.
+
+    Attributes:
+        forgotten: nothing of the engine is left; else it owns requests, which others take over.
+        closed: its version takes no requests any more: the model has engines of another one only.
+    """
+
+    forgotten: bool
+    closed: bool
+
+
 _ENQUEUED = ("accepted", "attached", "conflict", "closed", "full")
 _EMITTED = ("ok", "duplicate", "fenced", "gap", "ended", "lost")
 _DONE = Emitted("ok")
@@ -461,9 +474,10 @@ class Store:
         """Notes which server this is; for an engine whose control channel is subscribed."""
         await self._run["greet"]()
 
-    async def depart(self, mv: str, engine: str) -> bool:
-        """Forgets an engine; False while it still owns requests, which others take over."""
-        return bool(await self._run["depart"](mv, engine))
+    async def depart(self, mv: str, engine: str) -> Departed:
+        """Forgets an engine, and closes its version where the model has engines of another only."""
+        forgotten, closed = await self._run["depart"](mv, engine, ENGINE_TTL_MS)
+        return Departed(bool(forgotten), bool(closed))
 
     async def publish_model(self, card: messages.ModelCard) -> None:
         """Makes tokenizer and template of a version readable for the gateways."""

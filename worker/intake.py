@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 
 from shared import keys, messages
 from shared.errors import DecodeError, LogExpired, StoreUnavailable
@@ -70,14 +69,24 @@ class Intake:
         self._compared_at = 0.0
         self._judges_at = 0.0
         self._stopping = False
+        self._finishing = False
+
+    def finish(self) -> None:
+        """Makes `run` end once no request waits: nobody else is left to take them."""
+        self._finishing = True
+        # Nothing is known of the queue until the next call has told.
+        self._outbox.waiting = 1
 
     def stop(self) -> None:
         """Makes `run` end by itself: cancelled, it could lose what was just handed over."""
         self._stopping = True
 
     async def run(self) -> None:
-        """Takes whenever there is room and a reason, until `stop`; all it took is in the outbox."""
-        while not self._stopping:
+        """Takes whenever there is room and a reason, until `stop`, and until nothing is in doubt.
+
+        All it took is in the outbox then.
+        """
+        while not self._stopping and not (self._finishing and not self._outbox.waiting):
             try:
                 await self._wait_for_reason()
                 if self._unsure or (self._heard.is_set() and not self._stopping):
@@ -89,9 +98,21 @@ class Intake:
                 # Others may have been kept from Redis, too: their old leases prove nothing.
                 self._judges_at = asyncio.get_running_loop().time() + self._lease_ms / 1000
                 await asyncio.sleep(RETRY_S)
-        if self._unsure:
-            with suppress(StoreUnavailable):
+        # What it owns without knowing would stand still for as long as it drains.
+        while self._unsure:
+            try:
                 await self._admit()
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY_S)
+
+    async def compare(self) -> None:
+        """Asks Redis for what this engine owns and does not know, and opens that.
+
+        Raises:
+            StoreUnavailable: Redis did not answer.
+        """
+        self._unsure = True
+        await self._admit()
 
     def _room(self) -> int:
         if self._outbox.on_trial:

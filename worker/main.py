@@ -34,6 +34,9 @@ REDIS_TIMEOUT_S = 1.5
 """A connection on which nothing was answered for so long is dropped, and what was sent is sent
 again: a half-open one would hold up every stream of the engine."""
 
+SIGN_OFF_S = 2 * REDIS_TIMEOUT_S
+"""How long a worker that owns nothing tries to tell Redis that it goes."""
+
 
 def main(settings: Settings) -> int:
     """Runs a worker until SIGTERM or SIGINT; returns the exit status, 2 for a setting at fault."""
@@ -116,17 +119,18 @@ class Worker:
         self._driver: Driver | None = None
 
     async def run(self) -> int:
-        """Serves until a signal; returns the exit status."""
+        """Serves until a signal or a failure of the engine; returns the exit status."""
         loop = asyncio.get_running_loop()
-        stop: asyncio.Future[BaseException | None] = loop.create_future()
+        stop = asyncio.Event()
+        failed: asyncio.Future[BaseException] = loop.create_future()
 
-        def finish(error: BaseException | None = None) -> None:
-            if not stop.done():
-                stop.set_result(error)
+        def fail(error: BaseException) -> None:
+            failed.set_result(error)
+            stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, finish)
-        driver = Driver(self._engine, self._thread, on_step=self._outbox.on_step, on_failure=finish)
+            loop.add_signal_handler(number, stop.set)
+        driver = Driver(self._engine, self._thread, on_step=self._outbox.on_step, on_failure=fail)
         self._driver = driver
         self._outbox.attach(driver)
         driver.start()
@@ -137,29 +141,21 @@ class Worker:
                 tasks.create_task(listen(self._store, self._settings.redis_url, self._id, heard)),
                 tasks.create_task(self._outbox.run()),
             ]
-            beating = tasks.create_task(beat(self._store, self._model, self.card))
+            presence = tasks.create_task(self._be_present(stop, intake))
             taking = tasks.create_task(intake.run())
             announcing = tasks.create_task(self._announce(heard))
-            error = await stop
+            await stop.wait()
             await end(announcing)
-            intake.stop()
-            await taking
-            # It takes nothing any more: where its version has no other engine, new requests must go
-            # to the next version. Its lease, by which its streams are its own, is something else.
-            await end(beating)
-            await self._leave()
-            if error is None:
-                await self._drain(driver)
-            else:
-                # What it owns is taken over by others: its heartbeat and its lease end here.
-                log.critical("engine failed", exc_info=error)
-            await end(*background)
-        # Now that it owns nothing its consumers go, too.
+            await self._drain(driver, intake, presence, taking, failed)
+            if failed.done():
+                # What it owns is taken over by others: its control channel and its lease end here.
+                log.critical("engine failed", exc_info=failed.result())
+            await end(taking, presence, *background)
         await self._leave()
-        if error is None:
+        if not failed.done():
             await driver.stop()
         await self._store.close()
-        return 0 if error is None else 1
+        return 1 if failed.done() else 0
 
     def card(self) -> messages.EngineCard:
         """What this engine is and does now."""
@@ -188,6 +184,17 @@ class Worker:
             prefix_hits=stats.prefix_hits,
         )
 
+    async def _be_present(self, stop: asyncio.Event, intake: Intake) -> None:
+        """Is on the roster until `stop`; then the intake ends, too.
+
+        The last engine of a version serves who waits: what comes from now on goes to the next one.
+        """
+        closed = await beat(self._store, self._model, self.card, stop)
+        if closed:
+            intake.finish()
+        else:
+            intake.stop()
+
     async def _announce(self, heard: asyncio.Event) -> None:
         await heard.wait()
         log.info("ready", extra={"model": self._mv, "engine": self._id})
@@ -209,25 +216,49 @@ class Worker:
             aging_ms=int(settings.aging_s * 1000),
         )
 
-    async def _drain(self, driver: Driver) -> None:
-        """Finishes what fits in the grace time and hands the rest to other workers."""
+    async def _drain(
+        self,
+        driver: Driver,
+        intake: Intake,
+        presence: asyncio.Task[None],
+        taking: asyncio.Task[None],
+        failed: asyncio.Future[BaseException],
+    ) -> None:
+        """Finishes what fits in the grace time and hands the rest to other workers.
+
+        Ends at once when the engine fails: then a death must be counted, or a request that kills
+        engines would go round as long as each is told to stop.
+        """
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._settings.drain_grace_s
-        log.info("draining", extra={"streams": len(self._outbox.streams)})
-        while self._outbox.streams and (left := until - loop.time()) > 0:
-            await self._outbox.sent(min(left, 0.1))
-        owned = [(stream.rid, stream.epoch) for stream in self._outbox.streams.values()]
-        for name in self._outbox.streams:
-            driver.abort(name)
-        if owned:
-            try:
+        began = loop.time()
+        until = began + self._settings.drain_grace_s
+        streams = self._outbox.streams
+        log.info("draining", extra={"streams": len(streams)})
+        while loop.time() < until and not failed.done():
+            # An idle worker does not wait for a Redis that is away.
+            if not streams and (
+                taking.done() or (not presence.done() and loop.time() > began + SIGN_OFF_S)
+            ):
+                break
+            await self._outbox.sent(min(until - loop.time(), 0.1))
+        if failed.done():
+            return
+        # Cancelled, it could lose what is being handed over: that is asked for below.
+        await end(taking)
+        try:
+            await intake.compare()
+            owned = [(stream.rid, stream.epoch) for stream in streams.values()]
+            for name in streams:
+                driver.abort(name)
+            if owned:
                 released = await self._store.release(self._mv, self._id, owned)
                 log.info("handed back", extra={"streams": released})
-            except StoreUnavailable as error:
-                log.warning("could not hand streams back", extra={"error": error.reason})
-        self._outbox.streams.clear()
+        except StoreUnavailable as error:
+            log.warning("could not hand streams back", extra={"error": error.reason})
+        streams.clear()
 
     async def _leave(self) -> None:
+        """Once more: now it owns nothing, and its consumers go, too."""
         try:
             await self._store.depart(self._mv, self._id)
         except StoreUnavailable:

@@ -162,10 +162,21 @@ async def test_engines_that_are_gone_are_forgotten_once_they_own_nothing(opened:
     await opened.cancel("r", "")
 
 
-async def test_a_living_engine_is_not_forgotten(opened: Store) -> None:
+async def test_an_engine_killed_when_it_was_the_last_is_forgotten(opened: Store) -> None:
+    """No heartbeat of another one clears up behind it, and it signed off nowhere."""
+    card = messages.EngineCard(1, "e1", "echo", "", "", "", 1, 8, 0, 0, 0.0, False, 0.0)
     await submit(opened, "r")
     await generate(opened, "r", 1)
+    await opened.heartbeat("echo", "1", "e1", card)
+    await opened.heartbeat("echo", "1", "e2", card)
     assert (await sweep(opened))["forgotten"] == 0
+    seconds, _ = await opened.client.time()
+    for engine in ("e1", "e2"):
+        await opened.client.zadd(keys.engines(MV), {engine: (seconds - 7) * 1000})
+    assert (await sweep(opened))["forgotten"] == 2
+    assert await opened.client.exists(keys.engines(MV), keys.cards(MV)) == 0
+    queue = keys.queue(MV, "normal")
+    assert await opened.client.xinfo_consumers(queue, keys.GROUP) == []
 
 
 async def test_control_outlives_a_server_that_stands_still(

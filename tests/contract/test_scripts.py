@@ -29,6 +29,7 @@ from shared.errors import StoreUnavailable
 from shared.store import (
     MAX_DEATHS,
     TAKE_BYTES,
+    Departed,
     Emission,
     Emitted,
     Enqueued,
@@ -1112,16 +1113,16 @@ async def test_what_was_released_may_come_back_or_be_cancelled(store: Store) -> 
 async def test_depart(store: Store) -> None:
     await put(store, "r1")
     await take(store)
-    assert await store.depart(MV, "a") is False
+    assert await store.depart(MV, "a") == Departed(False, False)
     await emit(store, emission("r1", reason="stop"))
-    assert await store.depart(MV, "a") is True
-    assert await store.depart(MV, "a") is True
+    assert await store.depart(MV, "a") == Departed(True, False)
+    assert await store.depart(MV, "a") == Departed(True, False)
     assert await store.client.exists(keys.engines(MV), keys.cards(MV)) == 0
     assert await store.client.xinfo_consumers(keys.queue(MV, "normal"), keys.GROUP) == []
 
 
 async def test_depart_from_queues_that_were_never_used(store: Store) -> None:
-    assert await store.depart(MV, "never-there") is True
+    assert await store.depart(MV, "never-there") == Departed(True, False)
 
 
 async def test_what_a_departed_engine_owns_is_taken_over(store: Store, clock: Clock) -> None:
@@ -1173,10 +1174,47 @@ async def test_the_live_version_changes_only_when_the_old_one_has_no_engine(
     assert await store.client.exists(keys.is_open("m@1"), keys.is_open("m@2")) == 2
 
 
-async def test_the_live_version_changes_when_the_last_engine_departs(store: Store) -> None:
+async def is_open(store: Store, mv: str) -> bool:
+    return bool(await store.client.exists(keys.is_open(mv)))
+
+
+async def test_with_its_last_engine_a_version_goes_when_there_is_another(store: Store) -> None:
+    """At once: what would be queued for it from now on had nobody to run it."""
+    await beat(store, "a2", "1")
     assert await beat(store, "b", "2") == "1"
-    await store.depart(MV, "a")
-    assert await beat(store, "b", "2") == "2"
+    assert await store.depart(MV, "a") == Departed(True, False)
+    assert await store.client.hget(keys.model(MODEL), "live") == b"1"
+    assert await is_open(store, "m@1")
+    # Said again after a lost reply, it is answered again.
+    for _ in range(2):
+        assert await store.depart(MV, "a2") == Departed(True, True)
+        assert await store.client.hget(keys.model(MODEL), "live") == b"2"
+        assert not await is_open(store, "m@1")
+        assert await is_open(store, "m@2")
+    assert (await put(store, "r1")).outcome == "closed"
+    # It may come back, and the other goes: then it is as before.
+    assert await beat(store, "a3", "1") == "2"
+    assert await store.depart("m@2", "b") == Departed(True, True)
+    assert await store.client.hget(keys.model(MODEL), "live") == b"1"
+    assert (await put(store, "r1")).outcome == "accepted"
+
+
+async def test_the_only_version_stays_open_without_an_engine(store: Store) -> None:
+    """Requests wait for the next worker, as after scaling to zero."""
+    assert await store.depart(MV, "a") == Departed(True, False)
+    assert (await put(store, "r1")).outcome == "accepted"
+
+
+async def test_a_version_whose_engines_are_silent_takes_nobodys_place(
+    store: Store, clock: Clock
+) -> None:
+    await beat(store, "b", "2")
+    await beat(store, "c", "3")
+    assert await store.depart("m@3", "c") == Departed(True, True)
+    await clock.advance(5001)
+    await beat(store, "a", "1")
+    assert await store.depart(MV, "a") == Departed(True, False)
+    assert await is_open(store, "m@1")
 
 
 async def test_engines_without_a_heartbeat_drop_out(store: Store, clock: Clock) -> None:

@@ -35,7 +35,7 @@ from script_model import (
 )
 
 from shared import keys, messages
-from shared.store import ENGINE_TTL_MS, Emission, Store, connect
+from shared.store import ENGINE_TTL_MS, Departed, Emission, Store, connect
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -191,7 +191,8 @@ class Machine(RuleBasedStateMachine):
         if what == "heartbeat":
             self.heartbeat(engine)
         elif what == "depart":
-            assert self.do(self.store.depart(MV, engine)) == self.model.depart(engine)
+            answer = self.do(self.store.depart(MV, engine))
+            assert answer == Departed(self.model.depart(engine), False)
         else:
             self.control_connection(engine)
 

@@ -334,8 +334,13 @@ class Flaky(Store):
     """Loses replies: the script ran, its answer did not arrive."""
 
     lose: set[str]
+    away: int = 0
+    """So many takes after a lost reply fail, too."""
 
     async def take(self, *args: Any, **options: Any) -> Any:
+        if "take" not in self.lose and self.away:
+            self.away -= 1
+            raise StoreUnavailable("no answer")
         reply = await super().take(*args, **options)
         if "take" in self.lose and reply.requests:
             self.lose.discard("take")
@@ -434,12 +439,31 @@ async def test_what_was_just_taken_is_handed_back_by_a_stop(opened: Store) -> No
 async def test_a_reply_lost_at_the_stop_is_asked_for_again(opened: Store, server: Any) -> None:
     flaky = Flaky(connect(server.url, timeout_s=5))
     flaky.lose = {"take"}
+    flaky.away = 3
     rig = Rig(flaky, "e1", 8, 1.0)
     await submit(opened, "r")
     task = asyncio.create_task(rig.intake.run())
     await until(lambda: not flaky.lose)
     rig.intake.stop()
     await task
+    assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
+    await opened.cancel("r", "")
+    await flaky.close()
+
+
+async def test_what_a_late_take_handed_over_is_found_before_a_release(
+    opened: Store, server: Any
+) -> None:
+    flaky = Flaky(connect(server.url, timeout_s=5))
+    flaky.lose = {"take"}
+    rig = Rig(flaky, "e1", 8, 1.0)
+    await submit(opened, "r")
+    with pytest.raises(StoreUnavailable):
+        await flaky.take(MV, "e1", 1, lease_ms=3000, aging_ms=30_000)
+    rig.intake.stop()
+    await rig.intake.run()
+    assert not rig.outbox.streams
+    await rig.intake.compare()
     assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
     await opened.cancel("r", "")
     await flaky.close()

@@ -302,67 +302,6 @@ async def test_the_openai_client_waits_in_the_queue(narrow: Cluster) -> None:
         await first
 
 
-async def test_a_draining_gateway_finishes_its_plain_streams(narrow: Cluster) -> None:
-    gateway = narrow.processes[0]
-    async with openai.AsyncOpenAI(
-        base_url=f"{narrow.url}/v1", api_key="none", max_retries=0
-    ) as client:
-        stream = await client.chat.completions.create(
-            model="echo",
-            messages=[{"role": "user", "content": "hi"}],
-            max_tokens=100,
-            seed=4,
-            stream=True,
-        )
-        text = ""
-        async for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-            if len(text) == 10:
-                gateway.signal(15)
-        assert text == letters(4, 100)
-    assert await asyncio.to_thread(gateway.popen.wait, 10) == 0
-
-
-async def test_a_worker_that_drains_hands_its_streams_to_another(tmp_path: Path) -> None:
-    with Cluster(tmp_path, echo_step_ms=10, drain_grace_s=0.2) as found:
-        found.up(workers=1, control=False)
-        old = found.processes[1]
-        task = asyncio.create_task(infer(found.url, max_tokens=150, seed=6))
-        await asyncio.sleep(0.4)
-        found.start("worker")
-        await asyncio.to_thread(found.wait, 2)
-        old.signal(15)
-        body = await task
-        assert body["text"] == letters(6, 150)
-        assert await asyncio.to_thread(old.popen.wait, 10) == 0
-
-
-def version(cluster: Cluster) -> str:
-    status, body = cluster.get("/status")
-    assert status == 200
-    return str(body["models"]["echo"]["version"])
-
-
-async def test_new_requests_go_to_a_new_version_while_the_old_one_drains(tmp_path: Path) -> None:
-    with Cluster(tmp_path, echo_step_ms=10, drain_grace_s=20) as found:
-        found.up(workers=1, control=False)
-        old = found.processes[1]
-        before = version(found)
-        long = asyncio.create_task(infer(found.url, max_tokens=1500, seed=6))
-        # The same name, other files.
-        new = found.start("worker", engine="other_version:Other", model="echo")
-        async with asyncio.timeout(20):
-            while '"message": "ready"' not in new.log.read_text():
-                await asyncio.sleep(0.02)
-            old.signal(15)
-            while version(found) == before:
-                await asyncio.sleep(0.05)
-            assert (await infer(found.url, max_tokens=5, seed=7))["text"] == letters(7, 5)
-        assert not long.done(), "the old one was still at it"
-        assert (await long)["text"] == letters(6, 1500)
-        assert await asyncio.to_thread(old.popen.wait, 10) == 0
-
-
 async def test_a_killed_workers_streams_go_on_elsewhere(tmp_path: Path) -> None:
     with Cluster(tmp_path, echo_step_ms=10) as found:
         found.up(workers=2, control=False)
