@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
 import redis
 from balancers import BALANCERS
 
 from chaos.load import Load
-from chaos.play import Scenario, Stage
-from chaos.world import World, old_release
+from chaos.play import Scenario, Stage, Stalls
+from chaos.world import World, is_stopped, old_release
 
 
 async def kill(stage: Stage) -> None:
@@ -115,7 +116,7 @@ async def soak(stage: Stage) -> None:
                 for kind in pair:
                     tasks.create_task(_one_of_many(stage, kind))
             await world.ready(2)
-            stage.proof(pair, " and ".join(pair))
+            world.all_back()
     load.streams += other.streams
     await stage.ledger.close_accounts(load.streams)
     await stage.ledger.nothing_left()
@@ -127,54 +128,75 @@ async def _one_of_many(stage: Stage, kind: str) -> None:
     match kind:
         case "worker" | "gateway":
             victim = rng.choice(world.of(kind))
+            if kind == "gateway":
+                world.outage(killed=True)
             victim.kill()
+            stage.proof(victim.popen.returncode == -signal.SIGKILL, f"death of a {kind}")
             await asyncio.sleep(rng.random() * 2)
             world.again(victim)
         case "drain" | "gateway drain":
             victim = rng.choice(world.of("worker" if kind == "drain" else "gateway"))
+            if kind == "gateway drain":
+                world.outage(killed=False)
             victim.signal(signal.SIGTERM)
-            await asyncio.to_thread(victim.popen.wait, 60)
+            status = await asyncio.to_thread(victim.popen.wait, 60)
+            # A gateway or worker that was killed meanwhile ended otherwise.
+            stage.proof(status in (0, -signal.SIGKILL), f"an orderly exit, not {status}")
             world.again(victim)
         case "zombie":
             victim = rng.choice(world.of("worker"))
             victim.signal(signal.SIGSTOP)
             await asyncio.sleep(1 + rng.random() * 2)
+            stage.proof(
+                victim.popen.poll() is not None or is_stopped(victim.pid), "a worker that stands"
+            )
             victim.signal(signal.SIGCONT)
         case "hang":
             world.order("hang")
             await asyncio.sleep(1 + rng.random() * 2)
-            for hanging in world.orders.glob("hang*"):
+            found = list(world.orders.glob("hang*"))
+            stage.proof(found, "an engine that hangs, or is about to")
+            for hanging in found:
                 hanging.unlink(missing_ok=True)
         case "server":
+            before = world.redis.pid
             world.redis.kill()
             await asyncio.sleep(rng.random())
             # In this thread: the server ends with the one that started it.
             world.redis.restart()
+            stage.proof(world.redis.pid != before, "another server")
         case "pause":
+            pid = world.redis.pid
             world.pause_server()
-            await asyncio.sleep(rng.random() * 2)
+            await asyncio.sleep(0.05 + rng.random() * 2)
+            # Unless the other fault was its death.
+            stage.proof(pid != world.redis.pid or is_stopped(pid), "a server that stands still")
             world.resume_server()
         case "scripts":
-            await _tell(world, "SCRIPT", "FLUSH")
+            stage.proof(await _tell(world, "SCRIPT", "FLUSH"), "scripts flushed")
         case "clients":
-            await _tell(world, "CLIENT", "KILL", "TYPE", rng.choice(("normal", "pubsub")))
+            kind = rng.choice(("normal", "pubsub"))
+            while not (killed := await _tell(world, "CLIENT", "KILL", "TYPE", kind)):
+                await asyncio.sleep(0.05)
+            stage.proof(killed, f"connections killed: {kind}")
         case "full":
-            await _tell(world, "CONFIG", "SET", "maxmemory", "1")
+            stage.proof(await _tell(world, "CONFIG", "SET", "maxmemory", "1"), "a full memory")
             await asyncio.sleep(rng.random() * 2)
             await _tell(world, "CONFIG", "SET", "maxmemory", "0")
         case "read-only":
-            await _tell(world, "CONFIG", "SET", "min-replicas-to-write", "1")
+            stage.proof(
+                await _tell(world, "CONFIG", "SET", "min-replicas-to-write", "1"), "read-only"
+            )
             await asyncio.sleep(rng.random() * 2)
             await _tell(world, "CONFIG", "SET", "min-replicas-to-write", "0")
 
 
-async def _tell(world: World, *command: str) -> None:
+async def _tell(world: World, *command: str) -> Any:
     """Tells a server that may be away just now."""
     async with asyncio.timeout(20):
         while True:
             try:
-                await asyncio.to_thread(world.client.execute_command, *command)
-                return
+                return await asyncio.to_thread(world.client.execute_command, *command)
             except redis.RedisError:
                 await asyncio.sleep(0.05)
 
@@ -188,6 +210,7 @@ SCENARIOS = (
             gateways=2,
             balancer=balancer,
             stalls="resumed",
+            most_stall=Stalls(p99=1.0),
             programs=(balancer,),
         )
         for balancer in BALANCERS

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from chaos.load import Stream
-from chaos.play import Scenario, Stage
+from chaos.play import Scenario, Stage, Stalls
 from chaos.world import is_stopped
 
 MOST_REFUSAL_S = 1.0
@@ -251,11 +251,12 @@ _PAIR: Any = {
     "replicated": True,
     "clip": True,
     "budgets": False,
+    "loses_data": True,
     "settings": {"strict": 1, "tokens_per_minute": 0},
 }
 
 SCENARIOS = (
-    Scenario("Redis kill -9, restarted", kill, fast=True, clip=True),
+    Scenario("Redis kill -9, restarted", kill, fast=True, clip=True, most_stall=Stalls(p99=2.0)),
     Scenario("Redis paused", pause, clip=True),
     Scenario("Redis memory full", full, clip=True),
     Scenario("Redis read-only", read_only, clip=True),
@@ -272,6 +273,8 @@ SCENARIOS = (
         flushed,
         fast=True,
         breaks=True,
+        # Those that ran have ended.
+        stalls="none",
         tokens=(250, 300),
         settings={"tokens_per_minute": 10_000},
     ),

@@ -40,7 +40,8 @@ class Ledger:
     """What was found while a scenario ran, and what is checked after it.
 
     Attributes:
-        wrong: what must not be. budgets: how many callers' were checked.
+        wrong: what must not be. groups: how many callers there were whose requests were all
+            accepted. budgets: how many of these were checked.
     """
 
     def __init__(self, world: World) -> None:
@@ -53,6 +54,8 @@ class Ledger:
         self.wrong: list[str] = []
         self.checks_budgets = True
         self.hears_cancels = True
+        self.loses_data = False
+        self.groups = 0
         self.budgets = 0
         # Microseconds of a caller's bucket a token.
         self._step_us = 60e6 / max(1, int(world.settings["tokens_per_minute"]))
@@ -118,7 +121,8 @@ class Ledger:
         """
         if not self.checks_budgets or any(s.refused_s or not s.rid for s in streams):
             return
-        first = self._began.get(f"{caller}")
+        self.groups += 1
+        first = self._began.get(caller)
         if first is None:
             return
         key = keys.bucket(f"id:{caller}")
@@ -134,6 +138,9 @@ class Ledger:
                 used += int(row[0]) + int(row[1])
             tat = await self._ask(lambda: self._client.hget(key, "t"))
             if tat is None:
+                full_at = (first + used * self._step_us + _BUCKET_EPOCH_US) / 1e6
+                if full_at > time.time() + 1:
+                    self.wrong.append(f"{caller} has no bucket, and used {used} tokens")
                 return
             paid = (float(tat) - first) / self._step_us
             over = paid - used
@@ -235,12 +242,13 @@ class Ledger:
 
     def _taken_back(self, stream: Stream, earlier: list[dict[bytes, bytes]]) -> bool:
         """Whether these ends are of attempts that no client was told of, and that came again."""
-        if len(earlier) <= len(stream.refused_s):
-            # It may have run until it was taken back, or until its tokens were not kept any more.
+        if len(earlier) <= len(stream.refused_s) and self.loses_data:
+            # The end that was lost may have been any.
             return True
         # A load balancer comes again by itself after a 503, and tells nobody.
-        unanswered = stream.unanswered or (self._world.proxy and stream.kind != "plain")
-        return bool(unanswered) and all(e[b"reason"].decode() in OPEN_END for e in earlier)
+        untold = stream.refused_s or stream.unanswered or self._world.proxy
+        by_itself = stream.kind != "plain" and untold
+        return bool(by_itself) and all(e[b"reason"].decode() in OPEN_END for e in earlier)
 
     async def _check_lifetimes(self) -> None:
         """Whatever is of one request goes away by itself."""

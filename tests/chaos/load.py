@@ -218,11 +218,21 @@ class Load:
             stream.wrong.append(f"{stream.seen} of {stream.tokens} tokens, {stream.text!r}")
         if stream.rid:
             await self.ledger.check_log(stream)
-        if not stream.complete and not stream.wrong and stream.kind not in ("vanish", "cancel"):
+        if not stream.complete and not stream.wrong and stream.reason != "left":
             stream.broken = stream.broken or "no end"
-            refused = stream.kind == "refusable" and stream.refused_s
-            if not self.breaks and not refused:
+            if not self._may_break(stream):
                 stream.wrong.append(f"broken: {stream.broken}")
+
+    def _may_break(self, stream: Stream) -> bool:
+        """Whether it is right that this stream has no answer, and that it was told so."""
+        if stream.refused_s and (stream.kind == "refusable" or self.breaks):
+            return True
+        if stream.kind == "cancel" and '"cancelled"' in stream.broken:
+            # Its DELETE was heard, and the reply to that was lost.
+            return True
+        # Silence says nothing: that is what is left of a connection whose gateway went.
+        told = stream.broken.startswith("{") or self.world.was_cut(stream.started, stream.rid)
+        return self.breaks and told
 
     # -- lanes --
 
@@ -384,16 +394,20 @@ class Load:
         stream.reason = body["finish_reason"]
 
     async def _events(self, stream: Stream, reply: aiohttp.ClientResponse) -> None:
-        buffer = b""
+        buffer, done = b"", False
         while chunk := await self._chunk(stream, reply):
             buffer += chunk
             *blocks, buffer = buffer.split(b"\n\n")
             for block in blocks:
-                self._event(stream, block)
-            if stream.ended:
+                if done:
+                    stream.wrong.append(f"after [DONE]: {block[:80]!r}")
+                done = self._event(stream, block)
+            if stream.broken or stream.wrong:
                 return
             if await self._misbehave(stream):
                 return
+        if stream.reason and not done:
+            stream.wrong.append("no [DONE]")
 
     async def _chunk(self, stream: Stream, reply: aiohttp.ClientResponse) -> bytes:
         if stream.kind != "slow":
@@ -402,7 +416,8 @@ class Load:
         await asyncio.sleep(0.02)
         return await reply.content.read(200)
 
-    def _event(self, stream: Stream, block: bytes) -> None:
+    def _event(self, stream: Stream, block: bytes) -> bool:
+        """Takes an event in; True for the last one."""
         number, data = -1, b""
         for line in block.split(b"\n"):
             if line.startswith(b"id: "):
@@ -410,14 +425,15 @@ class Load:
             elif line.startswith(b"data: "):
                 data = line[6:]
         if not data:
-            stream.wrong.append(f"an event without data: {block[:80]!r}")
-            return
+            if not block.startswith(b":"):
+                stream.wrong.append(f"an event without data: {block[:80]!r}")
+            return False
         if data == b"[DONE]":
-            return
+            return True
         body = json.loads(data)
         if "error" in body:
             stream.broken = json.dumps(body["error"])
-            return
+            return False
         token, reason = _content(stream.kind, body)
         if token is not None:
             self._token(stream, number, token)
@@ -430,6 +446,7 @@ class Load:
                 stream.wrong.append(f"ended at {number}, {stream.seen} tokens came")
             # A stop string's last tokens have no text: OpenAI's chunks leave them out.
             stream.seen = number
+        return False
 
     def _token(self, stream: Stream, number: int, text: str) -> None:
         if stream.complete:
@@ -444,7 +461,7 @@ class Load:
 
     async def _misbehave(self, stream: Stream) -> bool:
         """What some clients do in the middle; True when they hang up."""
-        if stream.seen < stream.pause_at or not stream.pause_at:
+        if stream.seen < stream.pause_at or not stream.pause_at or stream.reason:
             return False
         kind = stream.kind
         if kind == "flaky" or kind == "vanish":

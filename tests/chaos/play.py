@@ -6,11 +6,12 @@ import asyncio
 import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 import tempfile
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,11 @@ from shared.tasks import end
 
 REQUIRED = "CHAOS_REQUIRED"
 """Environment variable: what cannot be played here is a failure, as in CI, which installs it."""
+ROOTLESS = "CHAOS_ROOTLESS"
+"""Environment variable: only faults that need root may be left out all the same."""
 NOT_ALLOWED = "it needs root that may mount disks and filter packets"
+TOKENS_WRONG = r"token \d+ |\d+ of \d+ tokens|its log holds|ended at \d+"
+"""What is said of a stream with a token lost, repeated, changed or out of order."""
 WINDOW_S = 20.0
 """A stall belongs to a fault when it begins at most so long after it."""
 
@@ -63,6 +68,32 @@ Act = Callable[[Stage], Awaitable[None]]
 
 
 @dataclass(frozen=True)
+class Stalls:
+    """How long the streams that a fault hit may wait for a token, in seconds."""
+
+    p50: float = 4.0
+    p99: float = 4.0
+    most: float = 4.0
+
+    def missed(self, found: Sequence[float], slack: float = 1.0) -> str:
+        """Which of the bounds, each `slack` times as long, does not hold; "" when all do."""
+        ordered = sorted(found)
+        for name, bound, q in (
+            ("p50", self.p50, 0.5),
+            ("p99", self.p99, 0.99),
+            ("max", self.most, 1.0),
+        ):
+            if ordered and quantile(ordered, q) > bound * slack:
+                return f"stall {name} {quantile(ordered, q):.2f} s, not {bound * slack:g}"
+        return ""
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """Of what is sorted and not empty."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+@dataclass(frozen=True)
 class Scenario:
     """One kind of fault.
 
@@ -71,7 +102,8 @@ class Scenario:
         fast: whether `make test` plays it, too.
         gateways, workers, replicas: processes. balancer: in front of the gateways.
         kinds: of streams. breaks: plain streams may be told that they failed.
-        stalls: whose stalls count: moved (to another worker), resumed, all.
+        stalls: whose stalls count: moved (to another worker), resumed, all, none.
+        most_stall: how long they may be.
         hits_few: it is no wonder if a fault hits none of them.
         clip: a stall is counted from the mark on, not from the token before it.
         disk_mb: the server's data is on a small disk of its own.
@@ -81,7 +113,8 @@ class Scenario:
             away at that moment.
         programs: that it needs beside the Python packages. root: whether it must be root.
         settings: RTS_* without the prefix.
-        expect_wrong: a negative control: it must find wrong streams.
+        expect_wrong: a negative control: it must find streams of which this is said, a pattern.
+        loses_data: acknowledged writes are lost on purpose.
         launcher: what Python runs for gateways and workers.
     """
 
@@ -97,6 +130,7 @@ class Scenario:
     breaks: bool = False
     budgets: bool = True
     stalls: str = "all"
+    most_stall: Stalls = Stalls()
     hits_few: bool = False
     clip: bool = False
     disk_mb: int = 0
@@ -106,7 +140,8 @@ class Scenario:
     programs: tuple[str, ...] = ()
     root: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    expect_wrong: bool = False
+    expect_wrong: str = ""
+    loses_data: bool = False
     launcher: tuple[str, ...] = ("-m", "realtime_serve.cli")
 
     def missing(self) -> str:
@@ -125,6 +160,7 @@ class Row:
 
     Attributes:
         faults: how often it happened. wrong: wrong_streams streams, and accounts that do not agree.
+        as_expected: of a negative control: wrong streams of the kind that it must find.
         stalls_s: of the streams that it hit. recomputed: tokens that another worker computed again.
     """
 
@@ -137,6 +173,7 @@ class Row:
     told: int = 0
     wrong: list[str] = field(default_factory=list)
     wrong_streams: int = 0
+    as_expected: int = 0
     stalls_s: list[float] = field(default_factory=list)
     recomputed: int = 0
     moved: int = 0
@@ -164,6 +201,7 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
         ledger = Ledger(world)
         ledger.checks_budgets = scenario.budgets
         ledger.hears_cancels = scenario.hears_cancels
+        ledger.loses_data = scenario.loses_data
         load = Load(
             world,
             rng,
@@ -196,8 +234,8 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
                 await end(watch)
             if len(stage.struck) < rounds:
                 ledger.wrong.append(f"{len(stage.struck)} proofs for {rounds} faults")
-            if scenario.budgets and not ledger.budgets:
-                ledger.wrong.append("no budget was checked")
+            if scenario.budgets and not 0 < ledger.groups <= 2 * ledger.budgets:
+                ledger.wrong.append(f"{ledger.budgets} of {ledger.groups} budgets were checked")
         _sum_up(row, scenario, world, load.streams, ledger)
         if row.wrong and not scenario.expect_wrong:
             print("\n".join(row.wrong[:40]))
@@ -233,6 +271,9 @@ def _sum_up(
     row.streams, row.complete, row.told = len(streams), counts["complete"], counts["broken"]
     row.wrong = [f"{s.name} {s.kind} {s.rid}: {'; '.join(s.wrong[:3])}" for s in streams if s.wrong]
     row.wrong_streams = len(row.wrong)
+    if scenario.expect_wrong:
+        pattern = re.compile(scenario.expect_wrong)
+        row.as_expected = sum(any(map(pattern.search, stream.wrong)) for stream in streams)
     row.wrong += ledger.wrong
     row.moved = sum(s.moves > 0 for s in streams)
     row.resumed = sum(s.resumes > 0 for s in streams)
@@ -256,6 +297,6 @@ def _sum_up(
             row.recomputed += sum(
                 len(stream.prompt) + sum(t <= mark for t in stream.arrivals) for _, mark in found
             )
-    hit = {"moved": row.moved, "resumed": row.resumed}.get(scenario.stalls, row.faults)
-    if hit < row.faults and not scenario.hits_few:
+    hit = {"moved": row.moved, "resumed": row.resumed}.get(scenario.stalls, len(row.stalls_s))
+    if hit < row.faults and not scenario.hits_few and scenario.stalls != "none":
         row.wrong.append(f"{row.faults} faults hit {hit} streams")

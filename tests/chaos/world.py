@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -29,6 +30,14 @@ LEASE_MS = 1500
 STEP_MS = 10
 TOKENS_PER_MINUTE = 3000
 """20 ms a token: a caller's bucket keeps the sum of what it used for as long as a test looks."""
+
+
+@dataclass
+class Outage:
+    """While a gateway is gone; `until` as time.monotonic()."""
+
+    killed: bool
+    until: float = float("inf")
 
 
 class World(Cluster):
@@ -77,6 +86,7 @@ class World(Cluster):
         self.orders = folder / "orders"
         self.orders.mkdir(parents=True)
         self.marks: list[float] = []
+        self._outages: list[Outage] = []
         self._balancer: Balancer | None = None
         self._client: redis.Redis | None = None
         self.disk = folder / "redis"
@@ -130,6 +140,24 @@ class World(Cluster):
             launcher=launcher
             or (("-m", "realtime_serve.cli") if role == "control" else self.launcher),
             **settings,
+        )
+
+    def outage(self, *, killed: bool) -> None:
+        """A gateway goes just now, by SIGKILL or because it was told to."""
+        self._outages.append(Outage(killed))
+
+    def all_back(self) -> None:
+        """Every gateway answers again."""
+        for outage in self._outages:
+            outage.until = min(outage.until, time.monotonic())
+
+    def was_cut(self, started: float, rid: str) -> bool:
+        """Whether a stream that began then may have lost its connection without a word.
+
+        One whose gateway was told to end may be refused, but not be cut off in the middle.
+        """
+        return any(
+            outage.until > started and (outage.killed or not rid) for outage in self._outages
         )
 
     def of(self, role: str) -> list[Process]:
