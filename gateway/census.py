@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared import keys, messages
@@ -15,18 +15,27 @@ _RATE_WINDOW_S = 30.0
 _MOST_REMEMBERED = 1024
 """Engines of one version whose counters are remembered, for those that come back."""
 
+COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "fenced")
+"""What every engine counts since its start, by its name in messages.EngineCard."""
+_QUEUE_FIELDS = ["waiting", "running", "bytes", "head", "redelivered", "dead"]
+
 _Row = tuple[list[list[bytes | None]], list[tuple[bytes, float]], dict[bytes, bytes]]
 """Replies for a version: counts of each class, engines with their heartbeats, cards."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueCount:
-    """One queue's counters, as the scripts keep them; `oldest_s` is the age of its first entry."""
+    """One queue's counters, as the scripts keep them; `oldest_s` is the age of its first entry.
+
+    Since there is this queue: requests redelivered, taken over from another engine; dead_letters.
+    """
 
     waiting: int = 0
     running: int = 0
     waiting_bytes: int = 0
     head: int = 0
+    redelivered: int = 0
+    dead_letters: int = 0
     oldest_s: float = 0.0
 
 
@@ -36,14 +45,13 @@ class VersionCount:
 
     Attributes:
         queues: by class. engines: that live.
-        prefix_queries, prefix_hits: tokens looked for and found in the prefix caches, of all
-            engines since this gateway saw them first: never less than before.
+        totals: of the engines' counters, by name in COUNTERS, since this gateway saw each engine
+            first: never less than before.
     """
 
     queues: dict[str, QueueCount] = field(default_factory=dict)
     engines: list[messages.EngineCard] = field(default_factory=list)
-    prefix_queries: int = 0
-    prefix_hits: int = 0
+    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
     @property
     def kv_usage(self) -> float:
@@ -58,17 +66,17 @@ class Tally:
 
     def __init__(self) -> None:
         """Nothing is counted yet."""
-        self.prefix_queries = 0
-        self.prefix_hits = 0
-        self._known: dict[str, tuple[int, int]] = {}
+        self.totals = dict.fromkeys(COUNTERS, 0)
+        self._known: dict[str, dict[str, int]] = {}
 
     def count(self, engines: Sequence[messages.EngineCard]) -> None:
         """Adds what the engines' counters have grown by."""
         for engine in engines:
-            queries, hits = self._known.pop(engine.engine, (0, 0))
-            self.prefix_queries += max(0, engine.prefix_queries - queries)
-            self.prefix_hits += max(0, engine.prefix_hits - hits)
-            self._known[engine.engine] = (engine.prefix_queries, engine.prefix_hits)
+            before = self._known.pop(engine.engine, {})
+            now = {name: getattr(engine, name) for name in COUNTERS}
+            for name, value in now.items():
+                self.totals[name] += max(0, value - before.get(name, 0))
+            self._known[engine.engine] = now
         while len(self._known) > max(_MOST_REMEMBERED, len(engines)):
             del self._known[next(iter(self._known))]
 
@@ -122,9 +130,7 @@ class Census:
             engines = _read_cards(live, cards)
             tally = self._tallies[mv]
             tally.count(engines)
-            self._versions[mv] = VersionCount(
-                queues, engines, tally.prefix_queries, tally.prefix_hits
-            )
+            self._versions[mv] = VersionCount(queues, engines, dict(tally.totals))
             self._note_heads(mv, queues)
 
     async def _read(self, mvs: Sequence[str]) -> tuple[list[_Row], float]:
@@ -132,7 +138,7 @@ class Census:
             pipe.time()
             for mv in mvs:
                 for cls in keys.CLASSES:
-                    pipe.hmget(keys.count(mv, cls), ["waiting", "running", "bytes", "head"])
+                    pipe.hmget(keys.count(mv, cls), _QUEUE_FIELDS)
                 pipe.zrange(keys.engines(mv), 0, -1, withscores=True)
                 pipe.hgetall(keys.cards(mv))
             replies = await pipe.execute()
@@ -186,8 +192,8 @@ def _number(value: bytes | None) -> int:
 
 
 def _read_count(values: list[bytes | None], oldest_s: float) -> QueueCount:
-    waiting, running, waiting_bytes, head = (max(0, _number(value)) for value in values)
-    return QueueCount(waiting, running, waiting_bytes, head, oldest_s)
+    waiting, running, size, head, again, dead = (max(0, _number(value)) for value in values)
+    return QueueCount(waiting, running, size, head, again, dead, oldest_s)
 
 
 def _read_cards(live: Sequence[bytes], cards: dict[bytes, bytes]) -> list[messages.EngineCard]:

@@ -54,6 +54,8 @@ class Edge:
         self.leaving = False
         self.draining = False
         self.connections: Callable[[], int] = lambda: 0
+        self.metrics.connections = lambda: self.connections()
+        self.metrics.streams = lambda: len(self.flows)
         self._store_answers = False
         self._identity = b""
         self._loops: list[asyncio.Task[None]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client.core import (
@@ -157,7 +157,11 @@ class Meter:
 
 
 class Metrics(Collector):
-    """All series of this gateway, and the families made from them."""
+    """All series of this gateway, and the families made from them.
+
+    Attributes:
+        resumes: streams that went on here. connections, streams: ask how many there are now.
+    """
 
     def __init__(self, models: Models, census: Census, hub: Hub) -> None:
         self._models = models
@@ -166,6 +170,8 @@ class Metrics(Collector):
         self._series: dict[tuple[str, str], Series] = {}
         self._windows: dict[str, deque[Finished]] = {}
         self.resumes = 0
+        self.connections: Callable[[], int] = lambda: 0
+        self.streams: Callable[[], int] = lambda: 0
 
     def meter(
         self, model: str, cls: str, started: float, prompt_tokens: int, *, resumed: bool = False
@@ -243,25 +249,41 @@ class Metrics(Collector):
             for reason, count in series.ended.items():
                 success.add_metric((*key, reason), count)
         yield from (prompt, generated, success, limited)
-        queries = CounterMetricFamily(
-            "rts_prefix_cache_queries",
-            "Tokens looked for in the engines' prefix caches.",
-            labels=("model_name",),
-        )
-        hits = CounterMetricFamily(
-            "rts_prefix_cache_hits",
-            "Tokens found in the engines' prefix caches.",
-            labels=("model_name",),
-        )
-        for model in self._models.served()[:MOST_SERIES]:
-            version = self._census.of(model.mv)
-            queries.add_metric((model.name,), version.prefix_queries)
-            hits.add_metric((model.name,), version.prefix_hits)
-        yield from (queries, hits)
+        yield from self._engine_counters()
+        yield from self._queue_counters()
         yield CounterMetricFamily(
             "rts_stream_gaps", "Messages that were lost and read from a log.", value=self._hub.gaps
         )
         yield CounterMetricFamily("rts_stream_resumes", "Streams resumed.", value=self.resumes)
+
+    def _engine_counters(self) -> Iterable[Metric]:
+        for name, text, counter in (
+            ("prefix_cache_queries", "Tokens looked for in prefix caches.", "prefix_queries"),
+            ("prefix_cache_hits", "Tokens found in prefix caches.", "prefix_hits"),
+            (
+                "num_preemptions",
+                "Sequences that gave up their place to be computed.",
+                "preemptions",
+            ),
+            ("fenced_emits", "Sequences dropped since another engine owned them.", "fenced"),
+        ):
+            family = CounterMetricFamily(f"rts_{name}", text, labels=("model_name",))
+            for model in self._models.served()[:MOST_SERIES]:
+                family.add_metric((model.name,), self._census.of(model.mv).totals[counter])
+            yield family
+
+    def _queue_counters(self) -> Iterable[Metric]:
+        again = CounterMetricFamily(
+            "rts_request_redeliveries", "Requests taken over from an engine.", labels=LABELS
+        )
+        dead = CounterMetricFamily(
+            "rts_dead_letters", "Requests given up: their engines died of them.", labels=LABELS
+        )
+        for model in self._models.served()[:MOST_SERIES]:
+            for cls, count in self._census.of(model.mv).queues.items():
+                again.add_metric((model.name, cls), count.redelivered)
+                dead.add_metric((model.name, cls), count.dead_letters)
+        yield from (again, dead)
 
     def _gauges(self) -> Iterable[Metric]:
         running = GaugeMetricFamily("rts_num_requests_running", "Being generated.", labels=LABELS)
@@ -285,6 +307,10 @@ class Metrics(Collector):
             workers.add_metric((model.name,), len(version.engines))
             cache.add_metric((model.name,), version.kv_usage)
         yield from (running, waiting, depth, oldest, workers, cache)
+        yield GaugeMetricFamily(
+            "rts_connections", "Open connections of clients.", value=self.connections()
+        )
+        yield GaugeMetricFamily("rts_streams", "Streams relayed now.", value=self.streams())
 
 
 def _percentile(ordered: list[float], share: float) -> float:

@@ -58,7 +58,11 @@ def turn(mv: str, cls: str) -> str:
 
 
 def count(mv: str, cls: str) -> str:
-    """Hash waiting, running, bytes, ticket (last given), head (left the queue). Scripts. Stays."""
+    """Hash of what the scripts count for a queue. Stays.
+
+    Fields: waiting, running, bytes: now. ticket: last given. head: left the queue. redelivered:
+    taken over from another engine. dead: became dead letters.
+    """
     return f"{PREFIX}count:{mv}:{cls}"
 
 

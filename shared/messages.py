@@ -185,8 +185,9 @@ class EngineCard(Message, frozen=True):
     """What a live engine says of itself each second.
 
     Attributes:
-        prefix_queries, prefix_hits: tokens looked for and found in its prefix cache; an engine of
-            an older release tells 0. draining: an engine of release 0.1 that is; later ones send no
+        prefix_queries, prefix_hits: tokens looked for and found in its prefix cache. fenced:
+            sequences that it dropped because another engine owned them. Engines of older releases
+            tell 0. draining: an engine of release 0.1 that is; later ones send no
             card any more then. The others are fields of the engine's info and stats.
     """
 
@@ -209,6 +210,7 @@ class EngineCard(Message, frozen=True):
     program: str = ""
     prefix_queries: int = 0
     prefix_hits: int = 0
+    fenced: int = 0
 
 
 class ModelCard(Message, frozen=True):

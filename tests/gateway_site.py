@@ -188,6 +188,8 @@ class FakeWorker:
             time.time(),
             prefix_queries=80,
             prefix_hits=64,
+            preemptions=3,
+            fenced=2,
         )
         await self.store.heartbeat(self.card.model, self.card.version, self.engine, card)
 

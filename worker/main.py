@@ -182,6 +182,7 @@ class Worker:
             preemptions=stats.preemptions,
             prefix_queries=stats.prefix_queries,
             prefix_hits=stats.prefix_hits,
+            fenced=self._outbox.fenced,
         )
 
     async def _be_present(self, stop: asyncio.Event, intake: Intake) -> None:

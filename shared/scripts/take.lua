@@ -218,6 +218,7 @@ local function take_orphan(class)
     -- Only deaths without progress tell a poisonous request from an unlucky one.
     local deaths = v.done <= v.mark and v.deaths + (other == NOBODY and 0 or 1) or 0
     if deaths >= max_deaths then
+      redis.call('HINCRBY', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'dead', 1)
       redis.call('XADD', 'rts:dead', '*', 'rid', rid, 'caller', v.caller, 'mv', mv, 'class', CLASSES[class],
         'why', 'engines died without progress', 'engine', other, 'deaths', deaths, 'body', v.body)
       finish(rid, 'engine_failed', end_blob('engine_failed'), now)
@@ -229,6 +230,7 @@ local function take_orphan(class)
         redis.call('HSET', 'rts:r:' .. rid, 'deaths', deaths)
       end
       redis.call('XCLAIM', stream(class), GROUP, engine, 0, id, 'JUSTID')
+      redis.call('HINCRBY', 'rts:count:' .. mv .. ':' .. CLASSES[class], 'redelivered', 1)
       disown(mv, other)
       own(rid, v, class)
     end

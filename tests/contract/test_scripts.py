@@ -1410,6 +1410,8 @@ async def test_three_deaths_without_progress_make_a_dead_letter(store: Store, cl
     assert (letter[b"rid"], letter[b"caller"], letter[b"engine"]) == (b"r1", b"alice", b"e2")
     assert (letter[b"mv"], letter[b"class"], letter[b"deaths"]) == (MV.encode(), b"normal", b"3")
     assert messages.decode(letter[b"body"], messages.Request) == make_request("r1")
+    found = await counts(store)
+    assert (found["redelivered"], found["dead"]) == (2, 1)
 
 
 async def test_deaths_with_progress_never_make_one(store: Store, clock: Clock) -> None:

@@ -300,10 +300,16 @@ async def test_what_can_be_watched(site: Site) -> None:
         'rts_kv_cache_usage_perc{model_name="echo"} 0.25',
         'rts_prefix_cache_queries_total{model_name="echo"} 80.0',
         'rts_prefix_cache_hits_total{model_name="echo"} 64.0',
+        'rts_num_preemptions_total{model_name="echo"} 3.0',
+        'rts_fenced_emits_total{model_name="echo"} 2.0',
+        'rts_request_redeliveries_total{model_name="echo",priority="normal"} 0.0',
+        'rts_dead_letters_total{model_name="echo",priority="normal"} 0.0',
+        "rts_streams 1.0",
         "rts_stream_gaps_total 0.0",
         "rts_stream_resumes_total 0.0",
     ):
         assert line in text
+    assert "rts_connections " in text
     assert 'rts_queue_oldest_seconds{model_name="echo",priority="normal"}' in text
     _, summary, _ = await site.get("/metrics", {"Accept": "application/json"})
     assert set(summary["echo"]) == {

@@ -24,7 +24,7 @@ def test_a_sum_does_not_fall_when_an_engine_is_gone_or_comes_back() -> None:
         [card("a", 15, 5), card("b", 101, 50), card("c", 1, 1)],
     ):
         tally.count(cards)
-        seen.append((tally.prefix_queries, tally.prefix_hits))
+        seen.append((tally.totals["prefix_queries"], tally.totals["prefix_hits"]))
     assert seen == [(110, 4), (115, 4), (115, 4), (117, 56)]
 
 
@@ -32,5 +32,5 @@ def test_engines_that_come_and_go_for_ever_are_not_all_remembered() -> None:
     tally = Tally()
     for i in range(3000):
         tally.count([card(f"engine {i}", 1, 1)])
-    assert tally.prefix_queries == 3000
+    assert tally.totals["prefix_queries"] == 3000
     assert len(tally._known) <= 1024
