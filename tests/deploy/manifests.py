@@ -145,10 +145,11 @@ def pod(objects: Iterable[Object], wanted: str) -> Pod:
 
 def selected(objects: Iterable[Object], selector: Object) -> list[Pod]:
     """Pods that a label selector finds; one that says nothing finds all."""
-    return [pod for pod in pods(objects) if _matches(selector, pod.labels)]
+    return [pod for pod in pods(objects) if selects(selector, pod.labels)]
 
 
-def _matches(selector: Object, labels: dict[str, str]) -> bool:
+def selects(selector: Object, labels: dict[str, str]) -> bool:
+    """Whether a label selector finds what has these labels."""
     unknown = selector.keys() - {"matchLabels", "matchExpressions"}
     assert not unknown, unknown
     for expression in selector.get("matchExpressions", []):

@@ -39,8 +39,9 @@ class Place:
     def url(self, user: str, password: str | None = None) -> str:
         return re.sub("//.*@", f"//{user}:{password or f'of-{user}'}@", self.cluster.redis.url)
 
-    def start(self, role: str) -> Process:
-        return self.cluster.start(role, redis_url=self.url(role), env={"POISON": str(self.switch)})
+    def start(self, role: str, **settings: int) -> Process:
+        env = {"POISON": str(self.switch)}
+        return self.cluster.start(role, redis_url=self.url(role), env=env, **settings)
 
     def refusals(self) -> list[Any]:
         return [
@@ -135,6 +136,14 @@ async def test_everything_works_and_nothing_is_refused(place: Place) -> None:
             assert read_events(await reply.text())[-1].data == "[DONE]"
         async with http.get(f"{url}/metrics") as reply:
             assert reply.status == 200
+        # Without a replica nothing is accepted, but to wait for one is allowed.
+        strict = place.start("gateway", strict=1)
+        await until(lambda: place.cluster.get("/readyz", strict.port)[0] == 200, 20)
+        async with http.post(
+            f"http://127.0.0.1:{strict.port}/infer", json={**BODY, "max_tokens": 2}
+        ) as reply:
+            assert reply.status == 503, await reply.text()
+            assert "not_replicated" in await reply.text()
     with redis.Redis.from_url(place.url("worker"), lib_name=None, lib_version=None) as worker:
         assert worker.pubsub_channels("rts:w:*"), "as the probe of deploy/k8s asks"
     # Control has settled what ended, and swept.
