@@ -205,6 +205,13 @@ class Settings:
         low=200,
         high=60_000,
     )
+    engine_iteration_timeout_s: float = _setting(
+        60.0,
+        "a step of the engine that takes longer is a hang: the worker ends, in s; 0 never",
+        _WORKER,
+        low=0,
+        high=86_400,
+    )
     timeout_s: float = _setting(
         600.0, "default and longest deadline of a request, in s", _GATEWAY, low=0.1, high=86_400
     )

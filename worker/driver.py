@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -76,6 +77,13 @@ class Driver:
         self.stats = EngineStats()
         self._thread = thread
         self._finished: Future[None] | None = None
+        self._step_began: float | None = None
+
+    @property
+    def step_s(self) -> float:
+        """How long the step that runs now has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def room(self) -> int:
@@ -110,7 +118,9 @@ class Driver:
         try:
             busy = False
             while self._obey(wait=not busy):
+                self._step_began = time.monotonic()
                 outputs = self._engine.step()
+                self._step_began = None
                 self.stats = self._engine.stats()
                 self._room = self._engine.room()
                 busy = self.stats.running + self.stats.waiting > 0

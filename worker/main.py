@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 import uvloop
 from tokenizers import Tokenizer
@@ -51,7 +52,13 @@ def main(settings: Settings) -> int:
     except (SettingsError, EngineError, ImportError) as error:
         log.error(str(error))
         return 2
-    return uvloop.run(Worker(settings, sources[0].name, engine, files, thread).run())
+    worker = Worker(settings, sources[0].name, engine, files, thread)
+    status = uvloop.run(worker.run())
+    if worker.is_stuck:
+        # A device's library that hangs would not let the interpreter end in an orderly way.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
@@ -80,6 +87,10 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
     engine.warm_up()
     log.info("warm", extra={"warm_up_s": round(time.monotonic() - loaded, 1)})
     return engine, files
+
+
+class EngineStuck(Exception):
+    """A step of the engine does not end."""
 
 
 class Worker:
@@ -117,6 +128,8 @@ class Worker:
         self._store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
         self._outbox = Outbox(self._store, self._mv, self._id)
         self._driver: Driver | None = None
+        self.is_stuck = False
+        """Whether it ended since its engine hangs."""
 
     async def run(self) -> int:
         """Serves until a signal or a failure of the engine; returns the exit status."""
@@ -125,7 +138,8 @@ class Worker:
         failed: asyncio.Future[BaseException] = loop.create_future()
 
         def fail(error: BaseException) -> None:
-            failed.set_result(error)
+            if not failed.done():
+                failed.set_result(error)
             stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,6 +154,7 @@ class Worker:
             background = [
                 tasks.create_task(listen(self._store, self._settings.redis_url, self._id, heard)),
                 tasks.create_task(self._outbox.run()),
+                tasks.create_task(self._watch(driver, fail)),
             ]
             presence = tasks.create_task(self._be_present(stop, intake))
             taking = tasks.create_task(intake.run())
@@ -195,6 +210,16 @@ class Worker:
             intake.finish()
         else:
             intake.stop()
+
+    async def _watch(self, driver: Driver, fail: Callable[[BaseException], None]) -> None:
+        """Ends the worker when its engine hangs: its streams are elsewhere, its device is lost."""
+        longest_s = self._settings.engine_iteration_timeout_s
+        while longest_s:
+            await asyncio.sleep(min(1.0, longest_s / 4))
+            if driver.step_s > longest_s:
+                self.is_stuck = True
+                fail(EngineStuck(f"a step has not ended in {longest_s:g} s"))
+                return
 
     async def _announce(self, heard: asyncio.Event) -> None:
         await heard.wait()

@@ -167,6 +167,30 @@ async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> N
         await task
 
 
+async def test_a_worker_whose_engine_hangs_ends_itself(tmp_path: Path) -> None:
+    """Whoever started it starts another: the device is of use again."""
+    trigger = tmp_path / "failing"
+    with Cluster(
+        tmp_path,
+        echo_step_ms=10,
+        engine_iteration_timeout_s=1,
+        lease_ms=500,
+        engine="failing_engine:Hanging",
+        model="hanging",
+    ) as found:
+        found.start("gateway")
+        old = found.start("worker", env={"FAILING": str(trigger)})
+        await asyncio.to_thread(found.wait, 1)
+        task = asyncio.create_task(infer(found.url, 6, 100, "hanging"))
+        await asyncio.sleep(0.4)
+        trigger.touch()
+        other = found.start("worker", env={"FAILING": str(tmp_path / "never")})
+        await until_ready(other)
+        assert await exit_status(old) == 1
+        assert "a step has not ended in 1 s" in old.log.read_text()
+        await task
+
+
 async def test_an_idle_worker_does_not_wait_for_a_redis_that_is_away(tmp_path: Path) -> None:
     with Cluster(tmp_path, drain_grace_s=30) as found:
         found.up(workers=1, control=False)
