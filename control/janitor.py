@@ -27,7 +27,7 @@ async def sweep(store: Store) -> dict[str, int]:
             break
     forgotten = 0
     async for mv, engine in _departed(store):
-        forgotten += (await store.depart(mv, engine)).forgotten
+        forgotten += await store.forget(mv, engine)
     oldest = int((time.time() - DEAD_LETTER_DAYS * 86400) * 1000)
     async with unavailable():
         await store.client.xtrim(keys.DEAD, minid=f"{oldest}-0", approximate=True)

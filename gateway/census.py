@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from shared.store import ENGINE_TTL_MS, Store, unavailable
 
 _RATE_WINDOW_S = 30.0
 _MOST_REMEMBERED = 1024
-"""Engines of one version whose counters are remembered, for those that come back."""
+"""Engines of one model whose counters are remembered, for those that come back."""
 
 COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "fenced")
 """What every engine counts since its start, by its name in messages.EngineCard."""
@@ -27,7 +27,8 @@ _Row = tuple[list[list[bytes | None]], list[tuple[bytes, float]], dict[bytes, by
 class QueueCount:
     """One queue's counters, as the scripts keep them; `oldest_s` is the age of its first entry.
 
-    Since there is this queue: requests redelivered, taken over from another engine; dead_letters.
+    Of all versions that were live: requests redelivered, taken over from another engine, and
+    dead_letters.
     """
 
     waiting: int = 0
@@ -51,7 +52,7 @@ class VersionCount:
 
     queues: dict[str, QueueCount] = field(default_factory=dict)
     engines: list[messages.EngineCard] = field(default_factory=list)
-    totals: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    totals: Mapping[str, int] = field(default_factory=Counter)
 
     @property
     def kv_usage(self) -> float:
@@ -62,22 +63,21 @@ class VersionCount:
 
 
 class Tally:
-    """Sums of the engines' counters that do not fall when an engine is gone, as counters must."""
+    """Sums of others' counters that do not fall when one of these is gone, as counters must."""
 
     def __init__(self) -> None:
         """Nothing is counted yet."""
-        self.totals = dict.fromkeys(COUNTERS, 0)
-        self._known: dict[str, dict[str, int]] = {}
+        self.totals: Counter[str] = Counter()
+        self._known: dict[str, Mapping[str, int]] = {}
 
-    def count(self, engines: Sequence[messages.EngineCard]) -> None:
-        """Adds what the engines' counters have grown by."""
-        for engine in engines:
-            before = self._known.pop(engine.engine, {})
-            now = {name: getattr(engine, name) for name in COUNTERS}
+    def count(self, counters: Mapping[str, Mapping[str, int]]) -> None:
+        """Adds what the counters have grown by; they are by name, by who counted."""
+        for who, now in counters.items():
+            before = self._known.pop(who, {})
             for name, value in now.items():
                 self.totals[name] += max(0, value - before.get(name, 0))
-            self._known[engine.engine] = now
-        while len(self._known) > max(_MOST_REMEMBERED, len(engines)):
+            self._known[who] = now
+        while len(self._known) > max(_MOST_REMEMBERED, len(counters)):
             del self._known[next(iter(self._known))]
 
 
@@ -88,7 +88,9 @@ class Census:
         self._store = store
         self._versions: dict[str, VersionCount] = {}
         self._heads: dict[tuple[str, str], deque[tuple[float, int]]] = {}
-        self._tallies: dict[str, Tally] = {}
+        # By model, and by queue of a model: a version that was live before may come back.
+        self._engines: dict[str, Tally] = {}
+        self._queues: dict[tuple[str, str], Tally] = {}
 
     def of(self, mv: str) -> VersionCount:
         """The latest counts of a model version."""
@@ -120,17 +122,17 @@ class Census:
         )
         self._versions = {}
         self._heads = {queue: heads for queue, heads in self._heads.items() if queue[0] in mvs}
-        self._tallies = {mv: self._tallies.get(mv) or Tally() for mv in mvs}
         for mv, (counts, scores, cards) in zip(mvs, rows, strict=True):
+            model = mv.rpartition("@")[0]
             queues = {
-                cls: _read_count(count, oldest.get((mv, cls), 0.0))
+                cls: self._read_count(model, mv, cls, count, oldest.get((mv, cls), 0.0))
                 for cls, count in zip(keys.CLASSES, counts, strict=True)
             }
             live = [name for name, score in scores if score > now_s * 1000 - ENGINE_TTL_MS]
             engines = _read_cards(live, cards)
-            tally = self._tallies[mv]
-            tally.count(engines)
-            self._versions[mv] = VersionCount(queues, engines, dict(tally.totals))
+            tally = self._engines.setdefault(model, Tally())
+            tally.count({e.engine: {name: getattr(e, name) for name in COUNTERS} for e in engines})
+            self._versions[mv] = VersionCount(queues, engines, Counter(tally.totals))
             self._note_heads(mv, queues)
 
     async def _read(self, mvs: Sequence[str]) -> tuple[list[_Row], float]:
@@ -175,6 +177,15 @@ class Census:
                 ages[queue] = max(0.0, now_s - int(found[0][1][b"t"]) / 1000)
         return ages
 
+    def _read_count(
+        self, model: str, mv: str, cls: str, values: list[bytes | None], oldest_s: float
+    ) -> QueueCount:
+        waiting, running, size, head, again, dead = (max(0, _number(value)) for value in values)
+        tally = self._queues.setdefault((model, cls), Tally())
+        tally.count({mv: {"again": again, "dead": dead}})
+        totals = tally.totals
+        return QueueCount(waiting, running, size, head, totals["again"], totals["dead"], oldest_s)
+
     def _note_heads(self, mv: str, queues: dict[str, QueueCount]) -> None:
         now = asyncio.get_running_loop().time()
         for cls, count in queues.items():
@@ -189,11 +200,6 @@ _UNKNOWN = VersionCount()
 
 def _number(value: bytes | None) -> int:
     return int(value or 0)
-
-
-def _read_count(values: list[bytes | None], oldest_s: float) -> QueueCount:
-    waiting, running, size, head, again, dead = (max(0, _number(value)) for value in values)
-    return QueueCount(waiting, running, size, head, again, dead, oldest_s)
 
 
 def _read_cards(live: Sequence[bytes], cards: dict[bytes, bytes]) -> list[messages.EngineCard]:

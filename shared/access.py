@@ -67,19 +67,16 @@ ROLES: Final = {
         ),
         channels=("l:*", "w:*"),
         # pubsub|channels: for the probe of deploy/k8s.
-        commands=f"{_SUBSCRIBER} pubsub|channels blpop del hexists hgetall lpush ltrim pexpireat "
-        "sadd set xclaim xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange "
+        commands=f"{_SUBSCRIBER} pubsub|channels blpop del hexists hgetall hlen lpush ltrim "
+        "pexpireat sadd set xclaim xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange "
         "zrangebyscore",
     ),
     "control": Access(
-        reads=("models",),
-        writes=(
-            *_FINISHED,
-            *("m:*", "open:*", "engines:*", "cards:*", "b:*", "settled:*", "dead", "arq", "arq:*"),
-        ),
+        reads=("models", "m:*"),
+        writes=(*_FINISHED, "engines:*", "cards:*", "b:*", "settled:*", "dead", "arq", "arq:*"),
         channels=("l:*",),
-        commands=f"{_ARQ} hgetall hkeys smembers xautoclaim xgroup|create xinfo|consumers "
-        "xinfo|groups xreadgroup xtrim zcount zrangebyscore",
+        commands=f"{_ARQ} hkeys smembers xautoclaim xgroup|create xinfo|consumers xinfo|groups "
+        "xreadgroup xtrim zrangebyscore",
         others=("arq:*",),
     ),
     # Whoever looks after dead letters by hand.

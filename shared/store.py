@@ -33,6 +33,7 @@ SCRIPTS = (
     "release",
     "heartbeat",
     "depart",
+    "forget",
     "greet",
     "leave",
     "limit",
@@ -90,10 +91,11 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Answer of take: requests, and how many still wait."""
+    """Answer of take: requests, how many still wait, and how many other engines own some."""
 
     requests: list[Taken]
     waiting: int
+    others: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,7 +431,7 @@ class Store:
             *(known or ()),
         )
         taken = [Taken(item[0].decode(), *item[1:]) for item in reply[0]]
-        return Take(taken, reply[1])
+        return Take(taken, reply[1], reply[2])
 
     async def wait_for_work(self, mv: str, timeout_s: float) -> None:
         """Returns when a request was enqueued that nobody was woken for, or after the time."""
@@ -475,9 +477,13 @@ class Store:
         await self._run["greet"]()
 
     async def depart(self, mv: str, engine: str) -> Departed:
-        """Forgets an engine, and closes its version where the model has engines of another only."""
+        """Signs an engine off; its version is closed where the model has engines of others only."""
         forgotten, closed = await self._run["depart"](mv, engine, ENGINE_TTL_MS)
         return Departed(bool(forgotten), bool(closed))
+
+    async def forget(self, mv: str, engine: str) -> bool:
+        """Removes what is left of an engine that is not heard; False while it owns requests."""
+        return bool(await self._run["forget"](mv, engine, ENGINE_TTL_MS))
 
     async def publish_model(self, card: messages.ModelCard) -> None:
         """Makes tokenizer and template of a version readable for the gateways."""

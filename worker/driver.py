@@ -107,12 +107,17 @@ class Driver:
         """The loop is done with one step."""
         self._ahead.release()
 
-    async def stop(self) -> None:
-        """Ends after the current step and closes the engine."""
+    async def stop(self, timeout_s: float = 60.0) -> bool:
+        """Ends after the current step and closes the engine; False if that takes longer."""
         self._commands.put(None)
         self._ahead.release()
-        if self._finished is not None:
-            await asyncio.wrap_future(self._finished)
+        if self._finished is None:
+            return True
+        # Not cancelled at the timeout: the thread goes on.
+        done, _ = await asyncio.wait([asyncio.wrap_future(self._finished)], timeout=timeout_s)
+        for future in done:
+            future.result()
+        return bool(done)
 
     def _run(self) -> None:
         try:

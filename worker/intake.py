@@ -70,25 +70,33 @@ class Intake:
         self._judges_at = 0.0
         self._stopping = False
         self._finishing = False
+        self._left = 0
 
-    def finish(self) -> None:
-        """Makes `run` end once no request waits: nobody else is left to take them."""
-        self._finishing = True
-        # Nothing is known of the queue until the next call has told.
-        self._outbox.waiting = 1
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to take any more, and nothing in doubt; `run` ends then."""
+        return not self._unsure and (self._stopping or (self._finishing and self._left <= 0))
 
     def stop(self) -> None:
         """Makes `run` end by itself: cancelled, it could lose what was just handed over."""
-        self._stopping = True
+        self._stopping, self._finishing = True, False
+
+    def finish(self) -> None:
+        """Takes until nothing is left for this version: nobody else can. Then `run` ends."""
+        if not self._finishing:
+            self._stopping, self._finishing = False, True
+            # Until a call that begins now has told.
+            self._left = 1
 
     async def run(self) -> None:
-        """Takes whenever there is room and a reason, until `stop`, and until nothing is in doubt.
+        """Takes whenever there is room and a reason, until it is over; all is in the outbox then.
 
-        All it took is in the outbox then.
+        What this engine owns without knowing would stand still for as long as it drains.
         """
-        while not self._stopping and not (self._finishing and not self._outbox.waiting):
+        while not self.is_over:
             try:
-                await self._wait_for_reason()
+                if not self._stopping:
+                    await self._wait_for_reason()
                 if self._unsure or (self._heard.is_set() and not self._stopping):
                     await self._admit()
             except StoreUnavailable as error:
@@ -98,19 +106,14 @@ class Intake:
                 # Others may have been kept from Redis, too: their old leases prove nothing.
                 self._judges_at = asyncio.get_running_loop().time() + self._lease_ms / 1000
                 await asyncio.sleep(RETRY_S)
-        # What it owns without knowing would stand still for as long as it drains.
-        while self._unsure:
-            try:
-                await self._admit()
-            except StoreUnavailable:
-                await asyncio.sleep(RETRY_S)
 
     async def compare(self) -> None:
-        """Asks Redis for what this engine owns and does not know, and opens that.
+        """Asks Redis for what this engine owns and does not know, and opens that; takes no more.
 
         Raises:
             StoreUnavailable: Redis did not answer.
         """
+        self.stop()
         self._unsure = True
         await self._admit()
 
@@ -157,6 +160,7 @@ class Intake:
     async def _take(self, room: int, *, calm: bool) -> list[Taken]:
         now = asyncio.get_running_loop().time()
         known = [s.rid for s in self._outbox.streams.values()] if self._unsure else None
+        finishing = self._finishing
         take = await self._store.take(
             self._mv,
             self._engine,
@@ -170,6 +174,8 @@ class Intake:
             self._compared_at = now
         self._unsure = False
         self._outbox.waiting = take.waiting
+        if finishing:
+            self._left = take.waiting + take.others
         return take.requests
 
     async def _open(self, taken: Taken) -> Stream | None:

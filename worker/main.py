@@ -20,6 +20,7 @@ from shared.logging import setup_logging
 from shared.settings import ModelSource, Settings, SettingsError
 from shared.store import Store, connect
 from shared.tasks import end
+from worker.drain import Drain
 from worker.driver import Driver, EngineThread
 from worker.engine import EngineError, EngineOptions, ModelFiles, create_engine
 from worker.engine.interface import Engine
@@ -35,8 +36,8 @@ REDIS_TIMEOUT_S = 1.5
 """A connection on which nothing was answered for so long is dropped, and what was sent is sent
 again: a half-open one would hold up every stream of the engine."""
 
-SIGN_OFF_S = 2 * REDIS_TIMEOUT_S
-"""How long a worker that owns nothing tries to tell Redis that it goes."""
+STOP_S = 15.0
+"""Longest wait for the engine's last step and its end; then it hangs."""
 
 
 def main(settings: Settings) -> int:
@@ -156,21 +157,23 @@ class Worker:
                 tasks.create_task(self._outbox.run()),
                 tasks.create_task(self._watch(driver, fail)),
             ]
-            presence = tasks.create_task(self._be_present(stop, intake))
+            beating = tasks.create_task(beat(self._store, self._model, self.card, stop))
             taking = tasks.create_task(intake.run())
             announcing = tasks.create_task(self._announce(heard))
             await stop.wait()
             await end(announcing)
-            await self._drain(driver, intake, presence, taking, failed)
+            intake.stop()
+            await self._drain(driver, intake, beating, taking, failed)
             if failed.done():
                 # What it owns is taken over by others: its control channel and its lease end here.
                 log.critical("engine failed", exc_info=failed.result())
-            await end(taking, presence, *background)
+            await end(*background)
         await self._leave()
-        if not failed.done():
-            await driver.stop()
+        if not failed.done() and not await driver.stop(STOP_S):
+            log.critical("engine does not stop", extra={"waited_s": STOP_S})
+            self.is_stuck = True
         await self._store.close()
-        return 1 if failed.done() else 0
+        return 1 if failed.done() or self.is_stuck else 0
 
     def card(self) -> messages.EngineCard:
         """What this engine is and does now."""
@@ -199,17 +202,6 @@ class Worker:
             prefix_hits=stats.prefix_hits,
             fenced=self._outbox.fenced,
         )
-
-    async def _be_present(self, stop: asyncio.Event, intake: Intake) -> None:
-        """Is on the roster until `stop`; then the intake ends, too.
-
-        The last engine of a version serves who waits: what comes from now on goes to the next one.
-        """
-        closed = await beat(self._store, self._model, self.card, stop)
-        if closed:
-            intake.finish()
-        else:
-            intake.stop()
 
     async def _watch(self, driver: Driver, fail: Callable[[BaseException], None]) -> None:
         """Ends the worker when its engine hangs: its streams are elsewhere, its device is lost."""
@@ -246,42 +238,22 @@ class Worker:
         self,
         driver: Driver,
         intake: Intake,
-        presence: asyncio.Task[None],
+        beating: asyncio.Task[None],
         taking: asyncio.Task[None],
         failed: asyncio.Future[BaseException],
     ) -> None:
-        """Finishes what fits in the grace time and hands the rest to other workers.
-
-        Ends at once when the engine fails: then a death must be counted, or a request that kills
-        engines would go round as long as each is told to stop.
-        """
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        until = began + self._settings.drain_grace_s
-        streams = self._outbox.streams
-        log.info("draining", extra={"streams": len(streams)})
-        while loop.time() < until and not failed.done():
-            # An idle worker does not wait for a Redis that is away.
-            if not streams and (
-                taking.done() or (not presence.done() and loop.time() > began + SIGN_OFF_S)
-            ):
-                break
-            await self._outbox.sent(min(until - loop.time(), 0.1))
-        if failed.done():
-            return
-        # Cancelled, it could lose what is being handed over: that is asked for below.
-        await end(taking)
-        try:
-            await intake.compare()
-            owned = [(stream.rid, stream.epoch) for stream in streams.values()]
-            for name in streams:
-                driver.abort(name)
-            if owned:
-                released = await self._store.release(self._mv, self._id, owned)
-                log.info("handed back", extra={"streams": released})
-        except StoreUnavailable as error:
-            log.warning("could not hand streams back", extra={"error": error.reason})
-        streams.clear()
+        drain = Drain(
+            self._store,
+            self._mv,
+            self._id,
+            driver=driver,
+            intake=intake,
+            outbox=self._outbox,
+            beating=beating,
+            taking=taking,
+            grace_s=self._settings.drain_grace_s,
+        )
+        await drain.run(failed)
 
     async def _leave(self) -> None:
         """Once more: now it owns nothing, and its consumers go, too."""

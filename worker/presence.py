@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 PING_S = 0.25
 SILENT_S = 1.0
-SIGN_OFF_RETRY_S = 0.2
 
 
 async def listen(store: Store, url: str, engine: str, heard: asyncio.Event) -> None:
@@ -66,13 +65,8 @@ async def beat(
     model: messages.ModelCard,
     card: Callable[[], messages.EngineCard],
     leaving: asyncio.Event,
-) -> bool:
-    """Publishes the model's files, announces the engine each second, and signs it off in the end.
-
-    Returns once Redis has heard that the engine is `leaving`: no heartbeat comes after that. True
-    if its version is closed by that: new requests go to the next one, and what waits in this one's
-    queue waits for nobody but this engine.
-    """
+) -> None:
+    """Publishes the model's files, then announces the engine each second until it is `leaving`."""
     published = False
     while not leaving.is_set():
         try:
@@ -90,13 +84,6 @@ async def beat(
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await leaving.wait()
-    while True:
-        try:
-            mv = keys.model_version(model.model, model.version)
-            return (await store.depart(mv, card().engine)).closed
-        except StoreUnavailable as error:
-            log.warning("cannot sign off", extra={"error": error.reason})
-            await asyncio.sleep(SIGN_OFF_RETRY_S)
 
 
 async def _files_are_there(store: Store, model: messages.ModelCard) -> bool:

@@ -1,5 +1,5 @@
 #!lua
--- Forgets an engine that leaves or is gone. What it still owns stays, to be taken over; only then its consumers go.
+-- Signs off an engine that leaves. What it still owns stays, to be taken over; only then its consumers go.
 -- Where no engine of its version is left and another version of the model has one, the version is closed and
 -- the other one is live: nothing is queued for nobody while somebody could run it.
 -- Keys: rts:engines:<mv> rts:cards:<mv> rts:open:<mv> rts:m:<model> rts:q:<queue>

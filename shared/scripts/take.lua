@@ -13,7 +13,7 @@
 --   as the only one of a call, so that its next death is held against nobody else. Until then it holds up what
 --   has yet to begin, but not what was under way.
 -- What waited unheard for longer than its grace is not taken but ends.
--- Returns {requests, number still waiting}; a request is
+-- Returns {requests, number still waiting, number of other engines (and -) that own some}; a request is
 --   {rid, epoch, body, seq, class (0-2), ms waited, deaths, most rows computed by any owner}.
 local mv, engine, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease, aging, max_bytes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -319,4 +319,5 @@ for _, other in ipairs(dead) do
   end
 end
 
-return {out, count_waiting()}
+local others = redis.call('HLEN', owns) - redis.call('HEXISTS', owns, engine)
+return {out, count_waiting(), others}

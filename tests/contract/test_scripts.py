@@ -1205,6 +1205,66 @@ async def test_the_only_version_stays_open_without_an_engine(store: Store) -> No
     assert (await put(store, "r1")).outcome == "accepted"
 
 
+async def test_a_version_whose_engines_are_gone_is_closed_for_the_next(
+    store: Store, clock: Clock
+) -> None:
+    """They were killed, or are of a release that signs off without a word."""
+    await beat(store, "a", "1")
+    await beat(store, "b", "2")
+    await clock.advance(4000)
+    await beat(store, "b", "2")
+    await clock.advance(1001)
+    assert await beat(store, "b", "2") == "2"
+    assert not await is_open(store, "m@1")
+    await beat(store, "a", "1")
+    assert await is_open(store, "m@1")
+
+
+async def test_an_outage_makes_no_other_version_live(store: Store, clock: Clock) -> None:
+    """All heartbeats are old then; who comes back first takes nobody's place."""
+    await beat(store, "canary", "2")
+    await clock.advance(60_000)
+    assert await beat(store, "canary", "2") == "1"
+    assert await store.forget(MV, "a") is True
+    assert await is_open(store, "m@1")
+    await clock.advance(500)
+    assert await beat(store, "a", "1") == "1"
+    await clock.advance(500)
+    assert await beat(store, "canary", "2") == "1"
+    assert await is_open(store, "m@1")
+
+
+async def test_an_engine_that_is_heard_is_not_forgotten(store: Store, clock: Clock) -> None:
+    await beat(store, "a")
+    await clock.advance(5000)
+    assert await store.forget(MV, "a") is False
+    assert await store.client.hkeys(keys.cards(MV)) == [b"a"]
+    await clock.advance(1)
+    assert await store.forget(MV, "a") is True
+    assert await store.client.hkeys(keys.cards(MV)) == []
+
+
+async def test_forget_leaves_what_an_engine_owns(store: Store, clock: Clock) -> None:
+    await beat(store, "a")
+    await put(store, "r1")
+    await take(store)
+    await clock.advance(5001)
+    assert await store.forget(MV, "a") is False
+    assert await take_ids(store, "b") == ["r1"]
+    assert await store.forget(MV, "a") is True
+
+
+async def test_take_tells_whether_others_own_anything(store: Store) -> None:
+    for i in range(3):
+        await put(store, f"r{i}")
+    assert (await take(store, "a")).others == 0
+    assert (await take(store, "b")).others == 1
+    await store.release(MV, "a", [("r0", 1)])
+    assert (await take(store, "b", 0)).others == 1
+    await take(store, "b", 8)
+    assert (await take(store, "b", 0)).others == 0
+
+
 async def test_a_version_whose_engines_are_silent_takes_nobodys_place(
     store: Store, clock: Clock
 ) -> None:

@@ -134,6 +134,7 @@ async def measure(store: Store, clock: Clock, engines: int) -> dict[str, dict[st
         assert await cost(name, lambda rid=rid: store.cancel(rid, "")) == "cancelled"
     await cost("depart with requests", lambda: store.depart(MV, last))
     await cost("depart", lambda: store.depart(MV, "never"))
+    await cost("forget", lambda: store.forget(MV, "never"))
     await clock.advance(200)
     assert len(await cost("take, all stale", lambda: take(store, "other", 4))) == 4
     await clock.advance(6000)

@@ -451,6 +451,66 @@ async def test_a_reply_lost_at_the_stop_is_asked_for_again(opened: Store, server
     await flaky.close()
 
 
+async def test_the_last_engine_serves_all_who_wait_and_what_others_hand_over(
+    opened: Store,
+) -> None:
+    """One place in its batch: it comes back for each, and does not end before the last."""
+    for i in range(4):
+        await submit(opened, f"r{i}", seed=i)
+    handed = (await opened.take(MV, "x", 3, lease_ms=3000, aging_ms=30_000)).requests
+    rig = Rig(opened, "e1", 1, 1.0)
+    rig.driver.start()
+    sending = asyncio.create_task(rig.outbox.run())
+    rig.intake.stop()
+    await rig.intake.run()
+    rig.intake.finish()
+    assert not rig.intake.is_over
+    serving = asyncio.create_task(rig.intake.run())
+    # Another engine that drains still owns three of them; then it hands them back.
+    assert (await result(opened, "r3"))[0] == expected(5, seed=3)
+    await asyncio.sleep(0.6)
+    assert not serving.done()
+    await opened.release(MV, "x", [(taken.rid, taken.epoch) for taken in handed])
+    for i in range(3):
+        assert (await result(opened, f"r{i}"))[0] == expected(5, seed=i)
+    async with asyncio.timeout(5):
+        await serving
+    assert rig.intake.is_over
+    await end(sending)
+    assert await rig.driver.stop()
+
+
+async def test_a_reply_from_before_does_not_end_the_last_engines_work(
+    opened: Store, server: Any
+) -> None:
+    """A call that told of an empty queue was under way when the engine learned that it is last."""
+
+    class Slow(Store):
+        held = asyncio.Event()
+        hold = True
+
+        async def take(self, *args: Any, **options: Any) -> Any:
+            reply = await super().take(*args, **options)
+            if self.hold:
+                self.hold = False
+                await self.held.wait()
+            return reply
+
+    slow = Slow(connect(server.url, timeout_s=5))
+    rig = Rig(slow, "e1", 8, 1.0)
+    task = asyncio.create_task(rig.intake.run())
+    await until(lambda: not slow.hold)
+    await submit(opened, "r")
+    rig.intake.finish()
+    slow.held.set()
+    await until(lambda: rig.outbox.streams)
+    rig.intake.stop()
+    await task
+    assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
+    await opened.cancel("r", "")
+    await slow.close()
+
+
 async def test_what_a_late_take_handed_over_is_found_before_a_release(
     opened: Store, server: Any
 ) -> None:
@@ -460,12 +520,15 @@ async def test_what_a_late_take_handed_over_is_found_before_a_release(
     await submit(opened, "r")
     with pytest.raises(StoreUnavailable):
         await flaky.take(MV, "e1", 1, lease_ms=3000, aging_ms=30_000)
-    rig.intake.stop()
-    await rig.intake.run()
+    rig.intake.finish()
+    await submit(opened, "waiting")
     assert not rig.outbox.streams
+    # Nothing else is taken, to be handed back at once.
     await rig.intake.compare()
     assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
-    await opened.cancel("r", "")
+    assert (await opened.client.hget(keys.request("waiting"), "st")) == b"w"
+    for rid in ("r", "waiting"):
+        await opened.cancel(rid, "")
     await flaky.close()
 
 

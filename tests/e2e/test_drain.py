@@ -75,21 +75,22 @@ async def test_a_worker_hands_its_streams_to_another(tmp_path: Path) -> None:
     with Cluster(tmp_path, echo_step_ms=10, drain_grace_s=0.2) as found:
         found.up(workers=1, control=False)
         old = found.processes[1]
-        task = asyncio.create_task(infer(found.url, 6, 150))
+        task = asyncio.create_task(infer(found.url, 6, 600))
         await asyncio.sleep(0.4)
         await until_ready(found.start("worker"))
         old.signal(15)
-        await task
         assert await exit_status(old) == 0
+        assert '"handed back", "streams": 1' in old.log.read_text()
+        await task
 
 
 async def test_new_requests_go_to_a_new_version_at_once(tmp_path: Path) -> None:
     """All through the SIGTERM of the old version's last worker, which has a long stream left."""
-    with Cluster(tmp_path, echo_step_ms=5, drain_grace_s=20) as found:
+    with Cluster(tmp_path, echo_step_ms=5, drain_grace_s=60) as found:
         found.up(workers=1, control=False)
         old = found.processes[1]
         before = version(found)
-        long = asyncio.create_task(infer(found.url, 6, 1500))
+        long = asyncio.create_task(infer(found.url, 6, 3000))
         # The same name, other files.
         new = found.start("worker", engine="other_version:Other", model="echo")
         await until_ready(new)
@@ -141,6 +142,46 @@ async def test_who_waits_for_an_old_version_is_served_before_its_last_worker_goe
         assert '"message": "handed back"' not in old.log.read_text()
 
 
+async def test_the_last_of_two_that_drain_serves_what_the_other_hands_back(
+    tmp_path: Path,
+) -> None:
+    """An old version of two workers ends: the second one has nothing of its own left."""
+    with Cluster(tmp_path, echo_step_ms=5) as found:
+        first = found.start("worker", drain_grace_s=2)
+        found.start("gateway")
+        await asyncio.to_thread(found.wait, 1)
+        tasks = [asyncio.create_task(infer(found.url, seed, 1500)) for seed in range(4)]
+        await asyncio.sleep(0.5)
+        second = found.start("worker", drain_grace_s=30)
+        await until_ready(second)
+        await until_ready(found.start("worker", engine="other_version:Other", model="echo"))
+        first.signal(15)
+        await asyncio.sleep(0.2)
+        second.signal(15)
+        assert await exit_status(first) == 0
+        assert '"handed back", "streams": 4' in first.log.read_text()
+        async with asyncio.timeout(25):
+            await asyncio.gather(*tasks)
+            assert await exit_status(second) == 0
+
+
+async def test_who_queued_before_the_next_version_was_there_is_served(tmp_path: Path) -> None:
+    with Cluster(tmp_path, echo_step_ms=5, drain_grace_s=60, max_batch_size=1) as found:
+        found.up(workers=1, control=False)
+        old = found.processes[1]
+        long = asyncio.create_task(infer(found.url, 6, 1200))
+        await asyncio.sleep(0.3)
+        old.signal(15)
+        await asyncio.sleep(0.3)
+        # It drains, and nobody else is there yet: they wait.
+        late = [asyncio.create_task(infer(found.url, seed, 20)) for seed in range(3)]
+        await asyncio.sleep(0.3)
+        await until_ready(found.start("worker", engine="other_version:Other", model="echo"))
+        async with asyncio.timeout(25):
+            await asyncio.gather(long, *late)
+            assert await exit_status(old) == 0
+
+
 async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> None:
     """Its streams go on elsewhere before its grace time is over."""
     trigger = tmp_path / "failing"
@@ -155,7 +196,7 @@ async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> N
         found.start("gateway")
         old = found.start("worker", env={"FAILING": str(trigger)})
         await asyncio.to_thread(found.wait, 1)
-        task = asyncio.create_task(infer(found.url, 6, 400, "failing"))
+        task = asyncio.create_task(infer(found.url, 6, 1000, "failing"))
         await asyncio.sleep(0.4)
         other = found.start("worker", env={"FAILING": str(tmp_path / "never")})
         await until_ready(other)
@@ -189,6 +230,30 @@ async def test_a_worker_whose_engine_hangs_ends_itself(tmp_path: Path) -> None:
         assert await exit_status(old) == 1
         assert "a step has not ended in 1 s" in old.log.read_text()
         await task
+
+
+async def test_a_worker_whose_engine_hangs_in_a_drain_ends(tmp_path: Path) -> None:
+    """It has handed its streams over and does not wait for the step."""
+    trigger = tmp_path / "failing"
+    with Cluster(
+        tmp_path,
+        echo_step_ms=10,
+        drain_grace_s=0.5,
+        engine="failing_engine:Hanging",
+        model="hanging",
+    ) as found:
+        found.start("gateway")
+        old = found.start("worker", env={"FAILING": str(trigger)})
+        await asyncio.to_thread(found.wait, 1)
+        task = asyncio.create_task(infer(found.url, 6, 300, "hanging"))
+        await asyncio.sleep(0.4)
+        trigger.touch()
+        other = found.start("worker", env={"FAILING": str(tmp_path / "never")})
+        await until_ready(other)
+        old.signal(15)
+        await task
+        assert await asyncio.to_thread(old.popen.wait, 30) == 1
+        assert "engine does not stop" in old.log.read_text()
 
 
 async def test_an_idle_worker_does_not_wait_for_a_redis_that_is_away(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from shared.store import SCRIPTS
 SCRIPTS_OF = {
     "gateway": {"enqueue", "attach", "cancel", "leave", "expire", "limit", "refund"},
     "worker": {"take", "emit", "release", "heartbeat", "greet", "depart"},
-    "control": {"expire", "depart", "settle"},
+    "control": {"expire", "forget", "settle"},
     "operator": {"enqueue"},
 }
 
