@@ -13,8 +13,6 @@ debian() {
     [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null ||
         { echo "no registry of images, and no debootstrap to make some (as root)" >&2; exit 1; }
     debootstrap --variant=minbase bookworm "$folder/root" "$mirror" >&2
-    # What this machine trusts, for package indexes.
-    install -D -m 644 /etc/ssl/certs/ca-certificates.crt "$folder/root/etc/ssl/certs/ca-certificates.crt"
     rm -rf "$folder/root/var/cache/apt/archives" "$folder/root/var/lib/apt/lists"
     tar -C "$folder/root" -c . | docker import - stand-in-debian:bookworm >&2
     rm -rf "$folder/root"
@@ -28,6 +26,9 @@ recipe() {
             echo "RUN $install python3 python3-venv python3-pip ca-certificates"
             echo "RUN ln -s /usr/bin/python3 /usr/local/bin/python"
             echo "RUN rm /usr/lib/python3*/EXTERNALLY-MANAGED"
+            # What this machine trusts, for package indexes.
+            cp /etc/ssl/certs/ca-certificates.crt "$folder"
+            echo "COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt"
             echo 'CMD ["python3"]'
             ;;
         redis:*)
