@@ -1,4 +1,4 @@
-"""deploy/prometheus and deploy/grafana: rules that fire, and queries that a real Prometheus answers."""
+"""deploy/prometheus and deploy/grafana: rules that fire, queries that a real Prometheus answers."""
 
 from __future__ import annotations
 
