@@ -27,7 +27,7 @@ test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of it
 	@.venv-vllm/bin/python -m pytest tests/contract/test_engines.py \
 		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
 
-docker-test: env-dev ## build the images, restart all of docker-compose.yml under streams (needs Docker)
+docker-test: env-dev ## build the images, restart docker-compose.yml's services under streams (needs Docker)
 	@PYTHONPATH=.:tests $(PYTHON) tests/docker/stack.py
 
 k8s-check: env-dev ## render the manifests of deploy/k8s and check them against schemas and code
