@@ -1,7 +1,8 @@
 """`make docker-test`: the images and docker-compose.yml on a real Docker engine.
 
 Builds the images, brings the stack up, streams through its load balancer with the official client,
-restarts control, workers, gateways and Redis under 100 streams, none of which may break, and takes it all down. Says so,
+restarts control, workers, gateways and Redis under 100 streams, none of which may break, and takes
+it all down. Says so,
 and does nothing, where there is no engine. Settings, as environment variables: COMPOSE (the
 command, `docker compose`), DOCKER_BUILD_ARGS (further arguments of `docker build`, where package
 indexes need some).
