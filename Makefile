@@ -1,6 +1,6 @@
 # `make` lists the targets. Settings are environment variables: RTS_PORT=8100 make up
 .DEFAULT_GOAL := help
-.PHONY: up test test-fast test-vllm k8s-check check fmt bench chaos help env env-dev
+.PHONY: up test test-fast test-vllm docker-test k8s-check check fmt bench chaos help env env-dev
 
 ifeq ($(OS),Windows_NT)
 $(error Linux or macOS is needed; on Windows use WSL2)
@@ -26,6 +26,9 @@ test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of it
 	@sh scripts/vllm_env.sh
 	@.venv-vllm/bin/python -m pytest tests/contract/test_engines.py \
 		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
+
+docker-test: env-dev ## build the images, restart docker-compose.yml's services under streams (needs Docker)
+	@PYTHONPATH=.:tests $(PYTHON) tests/docker/stack.py
 
 k8s-check: env-dev ## render the manifests of deploy/k8s and check them against schemas and code
 	@$(PYTHON) -m pytest tests/deploy/test_k8s.py $(PYTEST_ARGS)

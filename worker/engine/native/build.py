@@ -8,12 +8,16 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 SOURCE: Final = Path(__file__).parent / "source"
+
+BUILT: Final = Path(__file__).parent / "built"
+"""Libraries that an image brings along, where there is no compiler; else it is not there."""
 
 _COMMON: Final = [
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
@@ -69,7 +73,7 @@ def library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path:
     Args:
         level: one of LEVELS.
         folder: for compiled libraries. Their names hold a hash of the sources and the flags, so
-            several versions can share it, and one that came with an image needs no compiler.
+            several versions can share it. What is in BUILT is taken from there.
         extra: sources that are compiled with it.
 
     Raises:
@@ -80,7 +84,10 @@ def library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path:
     digest = hashlib.sha256(" ".join([*_COMMON, *LEVELS[level]]).encode())
     for path in [*sorted(SOURCE.iterdir()), *extra]:
         digest.update(path.name.encode() + path.read_bytes())
-    path = folder / f"native-{level}-{digest.hexdigest()[:16]}.so"
+    name = f"native-{level}-{digest.hexdigest()[:16]}.so"
+    if (BUILT / name).is_file():
+        return BUILT / name
+    path = folder / name
     if not path.is_file():
         _compile(_compiler(), [*flags, *map(str, sources)], path)
     return path
@@ -113,3 +120,13 @@ def _compile(compiler: str, arguments: list[str], path: Path) -> None:
             why = (lines or done.stderr.splitlines() or ["no message"])[0]
             raise NativeUnavailable(f"{compiler} failed: {why}")
         made.replace(path)
+
+
+def main(folder: str) -> None:
+    """Compile every level into a folder, for an image that runs on any processor."""
+    for level in LEVELS:
+        library(level, Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

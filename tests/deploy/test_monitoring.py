@@ -1,0 +1,176 @@
+"""deploy/prometheus and deploy/grafana: rules that fire, queries that a real Prometheus answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import Cluster, free_port
+
+from realtime_serve import Client
+from realtime_serve.lifeline import Lifeline
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy/prometheus/rules.yml"
+K8S_RULES = ROOT / "deploy/k8s/components/monitoring/rules.yaml"
+DASHBOARD = ROOT / "deploy/grafana/provisioning/dashboards/realtime-ai-serve.json"
+
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool here")
+needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus here")
+
+
+def _queries() -> list[str]:
+    """Every query of the dashboard, as Grafana would send it with all models chosen."""
+    board = json.loads(DASHBOARD.read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return [query.replace("$model", ".*").replace("$__rate_interval", "20s") for query in found]
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "command",
+    [("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")],
+    ids=["config", "rules"],
+)
+def test_promtool_is_content(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["promtool", *command], cwd=RULES.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_rule_has_a_test_in_which_it_fires() -> None:
+    tests = yaml.safe_load((RULES.parent / "rules_test.yml").read_text())["tests"]
+    fired = {
+        case["alertname"]
+        for test in tests
+        for case in test["alert_rule_test"]
+        if case["exp_alerts"]
+    }
+    assert fired == {rule["alert"] for rule in _rules(RULES)}
+
+
+def test_kubernetes_has_the_same_rules() -> None:
+    ours, theirs = _rules(RULES), _rules(K8S_RULES)
+    assert [_comparable(rule) for rule in ours] == [_comparable(rule) for rule in theirs]
+
+
+def _rules(path: Path) -> list[dict[str, Any]]:
+    found = yaml.safe_load(path.read_text())
+    groups = found.get("spec", found)["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def _comparable(rule: dict[str, Any]) -> list[Any]:
+    """A rule without where its series come from, and without advice, which differs."""
+    query = rule["expr"].replace('job="realtime-ai-serve"', "")
+    query = query.replace('namespace="realtime-ai-serve", container="gateway"', "")
+    query = re.sub(r'namespace="realtime-ai-serve"(, )?', "", query).replace("{}", "")
+    summary = rule["annotations"]["summary"]
+    return [rule["alert"], query, rule["for"], rule["labels"], summary]
+
+
+class Prometheus:
+    """A real one that scrapes gateways once a second."""
+
+    def __init__(self, folder: Path, targets: list[str], lifeline: Lifeline) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        config = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(RULES)]
+        # In place of Docker's DNS.
+        del config["scrape_configs"][0]["dns_sd_configs"]
+        config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        with (folder / "prometheus.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                lifeline.command(
+                    [
+                        "prometheus",
+                        f"--config.file={folder / 'prometheus.yml'}",
+                        f"--storage.tsdb.path={folder / 'data'}",
+                        f"--web.listen-address={self.url.removeprefix('http://')}",
+                    ]
+                ),
+                pass_fds=lifeline.fds,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def get(self, path: str, **parameters: str) -> Any:
+        with urllib.request.urlopen(
+            f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=5
+        ) as reply:
+            return json.loads(reply.read())["data"]
+
+    def query(self, query: str) -> list[Any]:
+        found: list[Any] = self.get("query", query=query)["result"]
+        return found
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """One that has seen a cluster of two gateways under some load."""
+    folder = tmp_path_factory.mktemp("monitoring")
+    with Cluster(folder) as cluster, Lifeline() as lifeline:
+        cluster.up(gateways=2, workers=1)
+        server = Prometheus(folder, [f"127.0.0.1:{port}" for port in cluster.ports], lifeline)
+        try:
+            _load(cluster, server)
+            yield server
+        finally:
+            server.stop()
+
+
+def _load(cluster: Cluster, server: Prometheus) -> None:
+    """Streams through both gateways until a rate of what they count can be computed."""
+    deadline = time.monotonic() + 50
+    gateways = [f"http://127.0.0.1:{port}" for port in cluster.ports]
+    while time.monotonic() < deadline:
+        for gateway in gateways:
+            with Client(gateway) as client:
+                stream = client.stream("a", model="echo", max_tokens=20)
+                assert len(list(stream)) == 20
+        try:
+            if len(server.query("rate(rts_generation_tokens_total[20s]) > 0")) == len(gateways):
+                return
+        except OSError:
+            pass  # It is still starting.
+        time.sleep(0.2)
+    raise AssertionError("Prometheus has no data")
+
+
+@needs_prometheus
+@pytest.mark.e2e
+@pytest.mark.parametrize("query", _queries())
+def test_query_of_the_dashboard_finds_data(prometheus: Prometheus, query: str) -> None:
+    assert prometheus.query(query), query
+
+
+@needs_prometheus
+@pytest.mark.e2e
+def test_all_rules_are_loaded_and_healthy(prometheus: Prometheus) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        [group] = prometheus.get("rules")["groups"]
+        states = {rule["name"]: (rule["health"], rule["state"]) for rule in group["rules"]}
+        if "unknown" not in {health for health, _ in states.values()}:
+            break
+        assert time.monotonic() < deadline, states
+        time.sleep(0.2)
+    assert set(states.values()) == {("ok", "inactive")}
+    assert set(states) == {rule["alert"] for rule in _rules(RULES)}

@@ -1,0 +1,314 @@
+"""`make docker-test`: the images and docker-compose.yml on a real Docker engine.
+
+Builds the images, brings the stack up, streams through its load balancer with the official client,
+restarts or replaces every service under 100 streams, none of which may break, shows that a gateway
+that is killed does break some, and takes it all down. Says so, and does nothing, where there is no
+engine. Settings, as environment variables: COMPOSE (the command, `docker compose`),
+DOCKER_BUILD_ARGS (further arguments of `docker build`, where package indexes need some).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster import free_port
+from gateway_site import letters
+from openai import InternalServerError, OpenAI
+
+from realtime_serve import Client
+
+ROOT = Path(__file__).parents[2]
+IMAGES = ("redis:7.2-bookworm", "haproxy:2.8-bookworm", "prom/prometheus:v3.5.0")
+BASE = "python:3.11-slim-bookworm"
+# Grafana computes nothing of its own; its queries have a test, tests/deploy/test_monitoring.py.
+SERVICES = ("redis", "gateway", "haproxy", "worker", "control", "prometheus")
+STREAMS = 100
+TOKENS = 100
+WORKERS = 2
+PAUSE_S = 3.0
+
+
+class Stack:
+    """The compose project, under a name and ports of its own, with the echo engine."""
+
+    def __init__(self) -> None:
+        self.port, self._prometheus = free_port(), free_port()
+        self._compose = shlex.split(os.environ.get("COMPOSE", "docker compose"))
+        self._env = {key: value for key, value in os.environ.items() if key[:4] != "RTS_"} | {
+            "COMPOSE_PROJECT_NAME": "rts-docker-test",
+            "PORT": str(self.port),
+            "PROMETHEUS_PORT": str(self._prometheus),
+            "TAG": "docker-test",
+            "RTS_ENGINE": "echo",
+            "RTS_ECHO_STEP_MS": "30",
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def compose(self, *words: str) -> str:
+        command = [*self._compose, "--ansi", "never", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self._env, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def up(self, *words: str) -> None:
+        self.compose("up", "--detach", "--no-build", "--wait", *words, *SERVICES)
+
+    def containers(self, service: str) -> list[str]:
+        return self.compose("ps", "--quiet", service).split()
+
+    def restart(self, service: str) -> None:
+        """Stops each container, starts it again, and waits until it is healthy."""
+        for container in self.containers(service):
+            docker("stop", "--time", "60", container)
+            docker("start", container)
+            _wait_until_healthy(container)
+
+    def replace(self, service: str) -> None:
+        """As docs/docker.md tells to upgrade: a new container beside the old ones, one by one."""
+        old = self.containers(service)
+        for container in old:
+            scale = f"{service}={len(old) + 1}"
+            self.compose(
+                *("up", "--detach", "--no-build", "--no-deps", "--no-recreate", "--wait"),
+                *("--scale", scale, service),
+            )
+            docker("stop", "--time", "60", container)
+            docker("rm", container)
+
+    def reload(self, service: str) -> None:
+        """New processes take over; the old ones serve what they have to its end."""
+        for container in self.containers(service):
+            docker("kill", "--signal", "HUP", container)
+
+    def gateways_seen(self) -> int:
+        """How many gateways Prometheus scrapes."""
+        query = urllib.parse.urlencode({"query": 'sum(up{job="realtime-ai-serve"})'})
+        url = f"http://127.0.0.1:{self._prometheus}/api/v1/query?{query}"
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            (found,) = json.loads(reply.read())["data"]["result"] or [{"value": (0, 0)}]
+            return int(found["value"][1])
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        try:
+            self.up("--scale", f"worker={WORKERS}")
+            yield
+        except BaseException:
+            print(self.compose("logs", "--tail", "30"))
+            raise
+        finally:
+            self.compose("down", "--volumes", "--timeout", "60")
+
+
+def docker(*words: str) -> str:
+    done = subprocess.run(["docker", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"docker {shlex.join(words)}\n{done.stdout}{done.stderr}")
+    return done.stdout.strip()
+
+
+def _wait_until_healthy(container: str) -> None:
+    wanted = "{{.State.Status}}{{if .State.Health}} {{.State.Health.Status}}{{end}}"
+    deadline = time.monotonic() + 60
+    while True:
+        state = docker("inspect", "--format", wanted, container)
+        if state in ("running", "running healthy"):
+            return
+        assert time.monotonic() < deadline, f"{container}: {state}"
+        time.sleep(0.25)
+
+
+def build() -> None:
+    """The two images, and what they and the stack are made of where it cannot be pulled."""
+    subprocess.run([str(ROOT / "tests/docker/stand_ins.sh"), BASE, *IMAGES], check=True)
+    os.environ["DOCKER_BUILDKIT"] = "1"
+    for target in ("gateway", "worker"):
+        name = f"realtime-ai-serve-{target}:docker-test"
+        more = shlex.split(os.environ.get("DOCKER_BUILD_ARGS", ""))
+        file = ("--file", "deploy/docker/Dockerfile", "--target", target)
+        docker("build", "--quiet", *more, *file, "--tag", name, ".")
+        size = int(docker("image", "inspect", "--format", "{{.Size}}", name))
+        base = int(docker("image", "inspect", "--format", "{{.Size}}", BASE))
+        print(f"{name}: {size // 10**6} MB, {(size - base) // 10**6} MB of them on top of its base")
+
+
+class Load:
+    """Streams that follow each other, a hundred at once, half plain and half resumable.
+
+    Attributes:
+        complete, broken: by kind. refused: requests that were told to come again, and did.
+        what: of the broken ones.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._end = threading.Event()
+        self._pool = ThreadPoolExecutor(STREAMS)
+        self.complete: Counter[str] = Counter()
+        self.broken: Counter[str] = Counter()
+        self.refused = 0
+        self.what: list[str] = []
+        self._tasks: list[Future[None]] = [
+            self._pool.submit(self._lane, i, "plain" if i % 2 else "resumable")
+            for i in range(STREAMS)
+        ]
+
+    def _lane(self, seed: int, kind: str) -> None:
+        with (
+            OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0) as official,
+            Client(self._url) as ours,
+        ):
+            while not self._end.is_set():
+                seed += STREAMS
+                try:
+                    if kind == "plain":
+                        text, reason = self._plain(official, seed)
+                    else:
+                        text, reason = self._resumable(ours, seed)
+                except Exception as error:
+                    self._broke(kind, repr(error))
+                    continue
+                if (text, reason) == (letters(seed, TOKENS), "length"):
+                    self.complete[kind] += 1
+                else:
+                    self._broke(kind, f"{reason!r} after {text!r}")
+
+    def _broke(self, kind: str, what: str) -> None:
+        self.broken[kind] += 1
+        self.what.append(f"{kind}: {what}")
+        time.sleep(0.1)
+
+    def _plain(self, client: OpenAI, seed: int) -> tuple[str, str | None]:
+        while True:
+            try:
+                stream = client.completions.create(
+                    model="echo", prompt="a", max_tokens=TOKENS, seed=seed, stream=True
+                )
+                break
+            except InternalServerError as error:
+                # Refused before it began, as while Redis restarts; anything else is a break.
+                if error.status_code != 503 or "retry-after" not in error.response.headers:
+                    raise
+                self.refused += 1
+                time.sleep(float(error.response.headers["retry-after"]))
+        choices = [choice for chunk in stream for choice in chunk.choices]
+        return "".join(choice.text for choice in choices), choices[-1].finish_reason
+
+    def _resumable(self, client: Client, seed: int) -> tuple[str, str | None]:
+        stream = client.stream("a", model="echo", max_tokens=TOKENS, seed=seed)
+        text = "".join(token.text for token in stream)
+        return text, stream.answer.finish_reason
+
+    def stop(self) -> None:
+        self._end.set()
+        for task in self._tasks:
+            task.result(120)
+        self._pool.shutdown()
+
+    def told(self) -> str:
+        done = [
+            f"{kind}: {self.complete[kind]} complete, {self.broken[kind]} broken" for kind in KINDS
+        ]
+        return f"{'; '.join(done)}; {self.refused} refused and asked again"
+
+
+KINDS = ("plain", "resumable")
+
+
+def restart_everything(stack: Stack) -> bool:
+    """Every service in turn, under load; whether no stream broke."""
+    load = Load(stack.url)
+    time.sleep(PAUSE_S)
+    for service, how in (
+        ("control", stack.restart),
+        ("worker", stack.replace),
+        ("gateway", stack.replace),
+        ("redis", stack.restart),
+        ("haproxy", stack.reload),
+        ("prometheus", stack.restart),
+    ):
+        began = time.monotonic()
+        how(service)
+        print(f"{how.__name__} {service}: {time.monotonic() - began:.1f} s", flush=True)
+        time.sleep(PAUSE_S)
+    load.stop()
+    print(load.told())
+    for line in load.what[:10]:
+        print(f"  {line}")
+    return all(load.complete[kind] for kind in KINDS) and not load.broken.total()
+
+
+def kill_a_gateway(stack: Stack) -> bool:
+    """The control: what must break breaks and is seen, and what must survive does."""
+    load = Load(stack.url)
+    time.sleep(PAUSE_S)
+    docker("kill", "--signal", "KILL", stack.containers("gateway")[0])
+    time.sleep(PAUSE_S)
+    load.stop()
+    print(f"a gateway killed: {load.told()}")
+    return load.broken["plain"] > 0 and not load.broken["resumable"]
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.5)
+
+
+def main() -> int:
+    """Runs it all; the exit status."""
+    if (
+        not shutil.which("docker")
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        print("SKIPPED: docker-test needs a Docker engine, and `docker info` finds none")
+        return 0
+    build()
+    stack = Stack()
+    with stack.running():
+        print("up and healthy")
+        with OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(
+                model="echo",
+                messages=[{"role": "user", "content": "hi"}],
+                max_tokens=20,
+                seed=7,
+            )
+        assert answer.choices[0].message.content == letters(7, 20)
+        good = restart_everything(stack)
+        seen = kill_a_gateway(stack)
+        stack.up("--scale", "worker=3", "--scale", "gateway=4")
+        assert len(stack.containers("worker")) == 3
+        until(lambda: stack.gateways_seen() == 4)
+        print("scaled to 3 workers and 4 gateways, which Prometheus has found")
+    print("down")
+    if not good:
+        print("FAILED: a restart broke streams, or there were none")
+    if not seen:
+        print("FAILED: the death of a gateway broke no plain stream, or a resumable one")
+    return 0 if good and seen else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

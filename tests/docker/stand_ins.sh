@@ -1,0 +1,72 @@
+#!/bin/sh
+# Makes images under the names of public ones, from Debian's packages, on a machine that reaches no registry
+# of images. Those that are there already, or that can be pulled, are left alone. Needs debootstrap.
+# Usage: stand_ins.sh IMAGE..., each a name like python:3.11-slim-bookworm; for python, redis, haproxy and
+# prom/prometheus. Prints the names of what it made.
+set -eu
+mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+debian() {
+    docker image inspect stand-in-debian:bookworm >/dev/null 2>&1 && return
+    [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null ||
+        { echo "no registry of images, and no debootstrap to make some (as root)" >&2; exit 1; }
+    debootstrap --variant=minbase bookworm "$folder/root" "$mirror" >&2
+    rm -rf "$folder/root/var/cache/apt/archives" "$folder/root/var/lib/apt/lists"
+    tar -C "$folder/root" -c . | docker import - stand-in-debian:bookworm >&2
+    rm -rf "$folder/root"
+}
+
+# What an image has in it, as the lines of a Dockerfile.
+recipe() {
+    install='apt-get update && apt-get install -y --no-install-recommends'
+    case $1 in
+        python:3.11*)
+            echo "RUN $install python3 python3-venv python3-pip ca-certificates"
+            echo "RUN ln -s /usr/bin/python3 /usr/local/bin/python"
+            echo "RUN rm /usr/lib/python3*/EXTERNALLY-MANAGED"
+            # What this machine trusts, for package indexes.
+            cp /etc/ssl/certs/ca-certificates.crt "$folder"
+            echo "COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt"
+            echo 'CMD ["python3"]'
+            ;;
+        redis:*)
+            echo "RUN $install redis-server && install -d -o redis -g redis /data"
+            echo "USER redis"
+            echo "WORKDIR /data"
+            echo "VOLUME /data"
+            echo 'CMD ["redis-server"]'
+            ;;
+        haproxy:*)
+            echo "RUN $install haproxy"
+            echo "USER haproxy"
+            echo "STOPSIGNAL SIGUSR1"
+            echo 'CMD ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]'
+            ;;
+        prom/prometheus:*)
+            echo "RUN $install prometheus && install -d -o prometheus -g prometheus /prometheus"
+            echo "USER prometheus"
+            echo "WORKDIR /prometheus"
+            echo "VOLUME /prometheus"
+            echo 'ENTRYPOINT ["prometheus"]'
+            echo 'CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]'
+            ;;
+        *)
+            echo "no stand-in for $1" >&2
+            exit 1
+            ;;
+    esac
+}
+
+for image in "$@"; do
+    docker image inspect "$image" >/dev/null 2>&1 && continue
+    docker pull --quiet "$image" >/dev/null 2>&1 && continue
+    debian
+    {
+        echo "FROM stand-in-debian:bookworm"
+        recipe "$image"
+    } >"$folder/Dockerfile"
+    docker build --quiet --network host --tag "$image" "$folder" >&2
+    echo "$image"
+done

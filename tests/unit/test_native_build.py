@@ -1,0 +1,28 @@
+"""Where the native backend's library comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worker.engine.native import build
+
+
+def test_an_image_brings_its_libraries_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, data = tmp_path / "built", tmp_path / "data"
+    monkeypatch.setattr(build, "BUILT", built)
+    monkeypatch.setattr(build, "_compile", lambda compiler, arguments, path: _touch(path))
+    monkeypatch.setattr(build, "_compiler", lambda: "c++")
+    build.main(str(built))
+    monkeypatch.delattr(build, "_compiler")
+    for level in build.LEVELS:
+        assert build.library(level, data).parent == built
+    assert not data.exists()
+
+
+def _touch(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
