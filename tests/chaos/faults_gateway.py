@@ -206,7 +206,7 @@ SCENARIOS = (
         Scenario(
             f"gateway SIGKILL behind {balancer}",
             kill,
-            fast=True,
+            fast=balancer == "haproxy",
             gateways=2,
             balancer=balancer,
             stalls="resumed",

@@ -278,5 +278,5 @@ SCENARIOS = (
         tokens=(250, 300),
         settings={"tokens_per_minute": 10_000},
     ),
-    Scenario("CLIENT KILL of all connections", kill_clients, fast=True),
+    Scenario("CLIENT KILL of all connections", kill_clients),
 )

@@ -214,7 +214,7 @@ has made progress. No gap between tokens, but the wait for the first one."""
 _LONG: Any = {"tokens": (150, 250), "settings": {"tokens_per_minute": 6000}}
 
 SCENARIOS = (
-    Scenario("worker SIGKILL", kill, fast=True, stalls="moved", most_stall=_KILLED),
+    Scenario("worker SIGKILL", kill, stalls="moved", most_stall=_KILLED),
     *(kill_at(moment) for moment in MOMENTS),
     Scenario("worker SIGSTOP, wakes later (zombie)", zombie, fast=True, stalls="moved", **_LONG),
     Scenario(
