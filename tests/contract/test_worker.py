@@ -457,6 +457,9 @@ async def test_the_last_engine_serves_all_who_wait_and_what_others_hand_over(
     """One place in its batch: it comes back for each, and does not end before the last."""
     for i in range(4):
         await submit(opened, f"r{i}", seed=i)
+    # Another engine that drains, and is heard: it is not dead.
+    pubsub = opened.client.pubsub()
+    await pubsub.subscribe(keys.control_channel("x"))
     handed = (await opened.take(MV, "x", 3, lease_ms=3000, aging_ms=30_000)).requests
     rig = Rig(opened, "e1", 1, 1.0)
     rig.driver.start()
@@ -466,7 +469,7 @@ async def test_the_last_engine_serves_all_who_wait_and_what_others_hand_over(
     rig.intake.finish()
     assert not rig.intake.is_over
     serving = asyncio.create_task(rig.intake.run())
-    # Another engine that drains still owns three of them; then it hands them back.
+    # The other engine still owns three of them; then it hands them back.
     assert (await result(opened, "r3"))[0] == expected(5, seed=3)
     await asyncio.sleep(0.6)
     assert not serving.done()
@@ -476,6 +479,7 @@ async def test_the_last_engine_serves_all_who_wait_and_what_others_hand_over(
     async with asyncio.timeout(5):
         await serving
     assert rig.intake.is_over
+    await pubsub.aclose()
     await end(sending)
     assert await rig.driver.stop()
 
