@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,6 +19,7 @@ from cluster import ROOT, Cluster
 from gateway_site import letters, until
 from yarl import URL
 
+from realtime_serve import AsyncClient
 from realtime_serve.lifeline import Lifeline
 from shared.settings import Settings
 
@@ -119,6 +121,43 @@ async def test_without_a_gateway_it_says_so_as_one_would(front: Front) -> None:
             body = await reply.json()
             assert (reply.status, body["error"]["code"]) == (503, "no_gateway")
             assert reply.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("kind", BALANCERS)
+async def test_a_gateway_killed_in_the_middle_of_200_streams(tmp_path: Path, kind: str) -> None:
+    """Clients resume at the other one, and have every token once."""
+    if not shutil.which(kind):
+        pytest.skip(f"{kind} is not installed")
+    with Cluster(tmp_path, echo_step_ms=30, max_batch_size=256) as cluster, Lifeline() as lifeline:
+        cluster.up(gateways=2, control=False)
+        balancer = Balancer(kind, tmp_path, cluster.ports, lifeline)
+        try:
+            under_way: set[int] = set()
+
+            async with AsyncClient(f"http://127.0.0.1:{balancer.port}") as client:
+
+                async def one(seed: int) -> None:
+                    text = ""
+                    async with client.stream(
+                        "a", model="echo", max_tokens=150, seed=seed
+                    ) as stream:
+                        async for token in stream:
+                            text += token.text
+                            if token.number > 10:
+                                under_way.add(seed)
+                    assert text == letters(seed, 150)
+
+                async with asyncio.TaskGroup() as tasks:
+                    for seed in range(200):
+                        tasks.create_task(one(seed))
+                    await until(lambda: len(under_way) == 200, 30)
+                    cluster.processes[0].kill()
+            _, text = cluster.get("/metrics", cluster.ports[1])
+            # Half of them, more or less, came to the other one.
+            (resumed,) = re.findall(r"^rts_stream_resumes_total (\d+)", text, re.MULTILINE)
+            assert 50 <= int(resumed) <= 150
+        finally:
+            balancer.stop()
 
 
 def test_the_longest_answer_in_one_piece_is_waited_for() -> None:
