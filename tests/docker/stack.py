@@ -100,6 +100,16 @@ class Stack:
         for container in self.containers(service):
             docker("kill", "--signal", "HUP", container)
 
+    def crashed(self) -> list[str]:
+        """Services of which a container ended by itself, and was started again."""
+        count = "{{.RestartCount}}"
+        return [
+            service
+            for service in SERVICES
+            for container in self.containers(service)
+            if docker("inspect", "--format", count, container) != "0"
+        ]
+
     def gateways_seen(self) -> int:
         """How many gateways Prometheus scrapes."""
         query = urllib.parse.urlencode({"query": 'sum(up{job="realtime-ai-serve"})'})
@@ -287,7 +297,9 @@ def main() -> int:
     build()
     stack = Stack()
     with stack.running():
-        print("up and healthy")
+        time.sleep(PAUSE_S)
+        crashed = stack.crashed()
+        print(f"crashed: {crashed}" if crashed else "up and healthy")
         with OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
             answer = client.chat.completions.create(
                 model="echo",
@@ -302,12 +314,15 @@ def main() -> int:
         assert len(stack.containers("worker")) == 3
         until(lambda: stack.gateways_seen() == 4)
         print("scaled to 3 workers and 4 gateways, which Prometheus has found")
+        crashed += stack.crashed()
     print("down")
     if not good:
         print("FAILED: a restart broke streams, or there were none")
     if not seen:
         print("FAILED: the death of a gateway broke no plain stream, or a resumable one")
-    return 0 if good and seen else 1
+    if crashed:
+        print(f"FAILED: containers of {crashed} ended by themselves")
+    return 0 if good and seen and not crashed else 1
 
 
 if __name__ == "__main__":
