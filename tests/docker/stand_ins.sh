@@ -4,7 +4,6 @@
 # Usage: stand_ins.sh IMAGE..., each a name like python:3.11-slim-bookworm; for python, redis, haproxy and
 # prom/prometheus. Prints the names of what it made.
 set -eu
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
@@ -12,7 +11,8 @@ debian() {
     docker image inspect stand-in-debian:bookworm >/dev/null 2>&1 && return
     [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null ||
         { echo "no registry of images, and no debootstrap to make some (as root)" >&2; exit 1; }
-    debootstrap --variant=minbase bookworm "$folder/root" "$mirror" >&2
+    # shellcheck disable=SC2086  # nothing where it is not set
+    debootstrap --variant=minbase bookworm "$folder/root" ${DEBIAN_MIRROR:-} >&2
     rm -rf "$folder/root/var/cache/apt/archives" "$folder/root/var/lib/apt/lists"
     tar -C "$folder/root" -c . | docker import - stand-in-debian:bookworm >&2
     rm -rf "$folder/root"
