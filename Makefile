@@ -20,7 +20,7 @@ test: env-dev ## run all tests (under 10 minutes)
 	@$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
-	@$(PYTHON) -m pytest tests/unit -m "not torch" $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/unit -m "not torch" -n 2 $(PYTEST_ARGS)
 
 test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of its own (5 GB)
 	@sh scripts/vllm_env.sh
