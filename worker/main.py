@@ -163,7 +163,18 @@ class Worker:
             await stop.wait()
             await end(announcing)
             intake.stop()
-            await self._drain(driver, intake, beating, taking, failed)
+            drain = Drain(
+                self._store,
+                self._mv,
+                self._id,
+                driver=driver,
+                intake=intake,
+                outbox=self._outbox,
+                beating=beating,
+                taking=taking,
+                grace_s=self._settings.drain_grace_s,
+            )
+            await drain.run(failed)
             if failed.done():
                 # What it owns is taken over by others: its control channel and its lease end here.
                 log.critical("engine failed", exc_info=failed.result())
@@ -233,27 +244,6 @@ class Worker:
             lease_ms=settings.lease_ms,
             aging_ms=int(settings.aging_s * 1000),
         )
-
-    async def _drain(
-        self,
-        driver: Driver,
-        intake: Intake,
-        beating: asyncio.Task[None],
-        taking: asyncio.Task[None],
-        failed: asyncio.Future[BaseException],
-    ) -> None:
-        drain = Drain(
-            self._store,
-            self._mv,
-            self._id,
-            driver=driver,
-            intake=intake,
-            outbox=self._outbox,
-            beating=beating,
-            taking=taking,
-            grace_s=self._settings.drain_grace_s,
-        )
-        await drain.run(failed)
 
     async def _leave(self) -> None:
         """Once more: now it owns nothing, and its consumers go, too."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,24 +184,34 @@ async def test_who_queued_before_the_next_version_was_there_is_served(tmp_path: 
             assert await exit_status(old) == 0
 
 
-async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> None:
-    """Its streams go on elsewhere before its grace time is over."""
-    trigger = tmp_path / "failing"
+@asynccontextmanager
+async def doomed(
+    folder: Path, engine: str, tokens: int, **settings: float
+) -> AsyncIterator[tuple[Cluster, Process, Path, asyncio.Task[None]]]:
+    """A worker in the middle of a stream, the file that makes its engine fail, and the client."""
+    trigger = folder / "failing"
+    model = engine.lower()
     with Cluster(
-        tmp_path,
-        echo_step_ms=10,
-        drain_grace_s=20,
-        lease_ms=1500,
-        engine="failing_engine:Failing",
-        model="failing",
+        folder, echo_step_ms=10, engine=f"failing_engine:{engine}", model=model, **settings
     ) as found:
         found.start("gateway")
-        old = found.start("worker", env={"FAILING": str(trigger)})
+        worker = found.start("worker", env={"FAILING": str(trigger)})
         await asyncio.to_thread(found.wait, 1)
-        task = asyncio.create_task(infer(found.url, 6, 1000, "failing"))
+        task = asyncio.create_task(infer(found.url, 6, tokens, model))
         await asyncio.sleep(0.4)
-        other = found.start("worker", env={"FAILING": str(tmp_path / "never")})
-        await until_ready(other)
+        yield found, worker, trigger, task
+
+
+async def start_sound_one(cluster: Cluster) -> None:
+    """Another worker beside it, whose engine does not fail."""
+    await until_ready(cluster.start("worker", env={"FAILING": str(cluster.folder / "never")}))
+
+
+async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> None:
+    """Its streams go on elsewhere before its grace time is over."""
+    settings = {"drain_grace_s": 20, "lease_ms": 1500}
+    async with doomed(tmp_path, "Failing", 1000, **settings) as (found, old, trigger, task):
+        await start_sound_one(found)
         old.signal(15)
         await asyncio.sleep(0.3)
         trigger.touch()
@@ -210,23 +222,10 @@ async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> N
 
 async def test_a_worker_whose_engine_hangs_ends_itself(tmp_path: Path) -> None:
     """Whoever started it starts another: the device is of use again."""
-    trigger = tmp_path / "failing"
-    with Cluster(
-        tmp_path,
-        echo_step_ms=10,
-        engine_iteration_timeout_s=1,
-        lease_ms=500,
-        engine="failing_engine:Hanging",
-        model="hanging",
-    ) as found:
-        found.start("gateway")
-        old = found.start("worker", env={"FAILING": str(trigger)})
-        await asyncio.to_thread(found.wait, 1)
-        task = asyncio.create_task(infer(found.url, 6, 100, "hanging"))
-        await asyncio.sleep(0.4)
+    settings = {"engine_iteration_timeout_s": 1, "lease_ms": 500}
+    async with doomed(tmp_path, "Hanging", 100, **settings) as (found, old, trigger, task):
         trigger.touch()
-        other = found.start("worker", env={"FAILING": str(tmp_path / "never")})
-        await until_ready(other)
+        await start_sound_one(found)
         assert await exit_status(old) == 1
         assert "a step has not ended in 1 s" in old.log.read_text()
         await task
@@ -234,22 +233,9 @@ async def test_a_worker_whose_engine_hangs_ends_itself(tmp_path: Path) -> None:
 
 async def test_a_worker_whose_engine_hangs_in_a_drain_ends(tmp_path: Path) -> None:
     """It has handed its streams over and does not wait for the step."""
-    trigger = tmp_path / "failing"
-    with Cluster(
-        tmp_path,
-        echo_step_ms=10,
-        drain_grace_s=0.5,
-        engine="failing_engine:Hanging",
-        model="hanging",
-    ) as found:
-        found.start("gateway")
-        old = found.start("worker", env={"FAILING": str(trigger)})
-        await asyncio.to_thread(found.wait, 1)
-        task = asyncio.create_task(infer(found.url, 6, 300, "hanging"))
-        await asyncio.sleep(0.4)
+    async with doomed(tmp_path, "Hanging", 300, drain_grace_s=0.5) as (found, old, trigger, task):
         trigger.touch()
-        other = found.start("worker", env={"FAILING": str(tmp_path / "never")})
-        await until_ready(other)
+        await start_sound_one(found)
         old.signal(15)
         await task
         assert await asyncio.to_thread(old.popen.wait, 30) == 1
