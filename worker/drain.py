@@ -69,12 +69,12 @@ class Drain:
         log.info("draining", extra={"streams": len(self._outbox.streams)})
         leaving = asyncio.create_task(self._leave())
         try:
-            await self._finish(failed)
+            await self._finish(failed, leaving)
         finally:
             # Cancelled, an intake could lose what is being handed over: that is asked for below.
             await end(leaving, self._taking)
         if not failed.done():
-            await self._hand_over()
+            await self._hand_over(failed)
 
     async def _leave(self) -> None:
         """Signs off, again and again: whoever was taken for another engine may be dead."""
@@ -94,11 +94,15 @@ class Drain:
             self._signed_off, self._answered_at = True, self._clock()
             await asyncio.sleep(ASK_S)
 
-    async def _finish(self, failed: asyncio.Future[BaseException]) -> None:
+    async def _finish(
+        self, failed: asyncio.Future[BaseException], leaving: asyncio.Task[None]
+    ) -> None:
         until = self._clock() + self._grace_s
         while (left := until - self._clock()) > 0 and not failed.done():
+            for task in (leaving, self._taking):
+                if task.done():
+                    task.result()
             if self._taking.done() and not self._intake.is_over:
-                self._taking.result()
                 self._taking = asyncio.create_task(self._intake.run())
             if not self._outbox.streams and self._may_go():
                 return
@@ -109,12 +113,14 @@ class Drain:
         is_over = self._signed_off and self._taking.done() and self._intake.is_over
         return is_over or self._clock() - self._answered_at > PATIENCE_S
 
-    async def _hand_over(self) -> None:
+    async def _hand_over(self, failed: asyncio.Future[BaseException]) -> None:
         until = self._clock() + PATIENCE_S
         streams = self._outbox.streams
         while True:
             try:
                 await self._intake.compare()
+                if failed.done():
+                    return
                 owned = [(stream.rid, stream.epoch) for stream in streams.values()]
                 for name in streams:
                     self._driver.abort(name)

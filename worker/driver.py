@@ -107,17 +107,19 @@ class Driver:
         """The loop is done with one step."""
         self._ahead.release()
 
-    async def stop(self, timeout_s: float = 60.0) -> bool:
-        """Ends after the current step and closes the engine; False if that takes longer."""
+    async def stop(self, timeout_s: float = 60.0) -> None:
+        """Ends after the current step and closes the engine.
+
+        Raises:
+            TimeoutError: that takes longer than `timeout_s`; the thread goes on.
+            Exception: what closing the engine raised.
+        """
         self._commands.put(None)
-        self._ahead.release()
-        if self._finished is None:
-            return True
-        # Not cancelled at the timeout: the thread goes on.
-        done, _ = await asyncio.wait([asyncio.wrap_future(self._finished)], timeout=timeout_s)
-        for future in done:
-            future.result()
-        return bool(done)
+        # Nobody may be there any more to handle what it has for the loop until it reads this.
+        self._ahead.release(STEPS_AHEAD)
+        if self._finished is not None:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(asyncio.wrap_future(self._finished))
 
     def _run(self) -> None:
         try:

@@ -75,18 +75,26 @@ class Intake:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to take any more, and nothing in doubt; `run` ends then."""
-        return not self._unsure and (self._stopping or (self._finishing and self._left <= 0))
+        return not self._in_doubt and (self._stopping or (self._finishing and self._left <= 0))
+
+    @property
+    def _in_doubt(self) -> bool:
+        """Whether Redis is to be asked what this engine owns."""
+        since = asyncio.get_running_loop().time() - self._compared_at
+        return self._unsure or since > COMPARE_S
 
     def stop(self) -> None:
         """Makes `run` end by itself: cancelled, it could lose what was just handed over."""
         self._stopping, self._finishing = True, False
 
     def finish(self) -> None:
-        """Takes until nothing is left for this version: nobody else can. Then `run` ends."""
-        if not self._finishing:
-            self._stopping, self._finishing = False, True
-            # Until a call that begins now has told.
-            self._left = 1
+        """Takes until nothing is left for this version: nobody else can. Then `run` ends.
+
+        Said again, it looks once more: what was dropped or replayed meanwhile comes back here.
+        """
+        self._stopping, self._finishing = False, True
+        # Until a call that begins now has told.
+        self._left = 1
 
     async def run(self) -> None:
         """Takes whenever there is room and a reason, until it is over; all is in the outbox then.
@@ -97,8 +105,7 @@ class Intake:
             try:
                 if not self._stopping:
                     await self._wait_for_reason()
-                if self._unsure or (self._heard.is_set() and not self._stopping):
-                    await self._admit()
+                await self._admit()
             except StoreUnavailable as error:
                 log.warning("cannot take requests", extra={"error": error.reason})
                 # A request may have been handed over in a reply that did not arrive.
@@ -124,8 +131,8 @@ class Intake:
 
     async def _wait_for_reason(self) -> None:
         """Returns when something may be there to take: news from a step, a wake token, or time."""
-        if self._outbox.on_trial and not self._unsure:
-            while self._outbox.on_trial and not self._stopping:
+        if self._outbox.on_trial:
+            while self._outbox.on_trial and not self._stopping and not self._in_doubt:
                 await self._outbox.sent(LOOK_S)
             # The next suspect may have been waiting for this.
             return
@@ -140,26 +147,26 @@ class Intake:
                 return
 
     async def _admit(self) -> None:
-        if asyncio.get_running_loop().time() - self._compared_at > COMPARE_S:
-            self._unsure = True
-        room = 0 if self._stopping else self._room()
-        if room <= 0 and not self._unsure:
+        room = self._room() if self._heard.is_set() and not self._stopping else 0
+        if room <= 0 and not self._in_doubt:
             return
-        idle = not self._outbox.streams
-        taken = await self._take(max(0, room), calm=self._outbox.calm)
+        streams = self._outbox.streams.values()
+        known = [stream.rid for stream in streams] if self._in_doubt else None
+        idle = not streams
+        taken = await self._take(max(0, room), calm=self._outbox.calm, known=known)
         alone = any(item.deaths for item in taken)
         if taken and idle and not alone and len(taken) < room and self._max_wait_s:
             await asyncio.sleep(self._max_wait_s)
-            taken += await self._take(room - len(taken), calm=False)
+            if not self._stopping:
+                taken += await self._take(room - len(taken), calm=False)
         opened = [await self._open(item) for item in taken]
         for stream in opened:
             if stream is not None:
                 self._outbox.add(stream)
                 self._driver.add(stream.engine_request())
 
-    async def _take(self, room: int, *, calm: bool) -> list[Taken]:
+    async def _take(self, room: int, *, calm: bool, known: list[str] | None = None) -> list[Taken]:
         now = asyncio.get_running_loop().time()
-        known = [s.rid for s in self._outbox.streams.values()] if self._unsure else None
         finishing = self._finishing
         take = await self._store.take(
             self._mv,
@@ -170,9 +177,8 @@ class Intake:
             calm=calm,
             known=known,
         )
-        if self._unsure:
-            self._compared_at = now
-        self._unsure = False
+        if known is not None:
+            self._unsure, self._compared_at = False, now
         self._outbox.waiting = take.waiting
         if finishing:
             self._left = take.waiting + take.others

@@ -37,7 +37,7 @@ REDIS_TIMEOUT_S = 1.5
 again: a half-open one would hold up every stream of the engine."""
 
 STOP_S = 15.0
-"""Longest wait for the engine's last step and its end; then it hangs."""
+"""Longest wait for the engine's last step and its end; then it hangs, and the worker failed."""
 
 
 def main(settings: Settings) -> int:
@@ -55,8 +55,8 @@ def main(settings: Settings) -> int:
         return 2
     worker = Worker(settings, sources[0].name, engine, files, thread)
     status = uvloop.run(worker.run())
-    if worker.is_stuck:
-        # A device's library that hangs would not let the interpreter end in an orderly way.
+    if status:
+        # A device's library that failed or hangs may not let the interpreter end in an orderly way.
         logging.shutdown()
         os._exit(status)
     return status
@@ -91,7 +91,7 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
 
 
 class EngineStuck(Exception):
-    """A step of the engine does not end."""
+    """A step of the engine, or its end, takes for ever."""
 
 
 class Worker:
@@ -129,8 +129,6 @@ class Worker:
         self._store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
         self._outbox = Outbox(self._store, self._mv, self._id)
         self._driver: Driver | None = None
-        self.is_stuck = False
-        """Whether it ended since its engine hangs."""
 
     async def run(self) -> int:
         """Serves until a signal or a failure of the engine; returns the exit status."""
@@ -140,6 +138,7 @@ class Worker:
 
         def fail(error: BaseException) -> None:
             if not failed.done():
+                log.critical("engine failed", exc_info=error)
                 failed.set_result(error)
             stop.set()
 
@@ -175,16 +174,18 @@ class Worker:
                 grace_s=self._settings.drain_grace_s,
             )
             await drain.run(failed)
-            if failed.done():
-                # What it owns is taken over by others: its control channel and its lease end here.
-                log.critical("engine failed", exc_info=failed.result())
+            # What a failed one owns is taken over by others: its control channel ends here.
             await end(*background)
         await self._leave()
-        if not failed.done() and not await driver.stop(STOP_S):
-            log.critical("engine does not stop", extra={"waited_s": STOP_S})
-            self.is_stuck = True
+        if not failed.done():
+            try:
+                await driver.stop(STOP_S)
+            except TimeoutError:
+                fail(EngineStuck(f"it has not ended in {STOP_S:g} s"))
+            except Exception as error:
+                fail(error)
         await self._store.close()
-        return 1 if failed.done() or self.is_stuck else 0
+        return 1 if failed.done() else 0
 
     def card(self) -> messages.EngineCard:
         """What this engine is and does now."""
@@ -220,7 +221,6 @@ class Worker:
         while longest_s:
             await asyncio.sleep(min(1.0, longest_s / 4))
             if driver.step_s > longest_s:
-                self.is_stuck = True
                 fail(EngineStuck(f"a step has not ended in {longest_s:g} s"))
                 return
 

@@ -15,10 +15,11 @@ from shared.errors import StoreUnavailable
 from shared.messages import Request, Sampling
 from shared.store import Emission, Store, Taken, connect
 from shared.tasks import end
+from worker.drain import Drain
 from worker.driver import STEPS_AHEAD, Driver, EngineThread
 from worker.engine import EngineOptions, create_engine
 from worker.engine.echo import echo_token
-from worker.engine.interface import StepOutput
+from worker.engine.interface import EngineRequest, SamplingParams, StepOutput
 from worker.intake import NEVER_MS, Intake
 from worker.outbox import Outbox
 from worker.presence import listen
@@ -481,7 +482,7 @@ async def test_the_last_engine_serves_all_who_wait_and_what_others_hand_over(
     assert rig.intake.is_over
     await pubsub.aclose()
     await end(sending)
-    assert await rig.driver.stop()
+    await rig.driver.stop()
 
 
 async def test_a_reply_from_before_does_not_end_the_last_engines_work(
@@ -534,6 +535,125 @@ async def test_what_a_late_take_handed_over_is_found_before_a_release(
     for rid in ("r", "waiting"):
         await opened.cancel(rid, "")
     await flaky.close()
+
+
+def drain(rig: Rig, grace_s: float) -> Drain:
+    """As main.py makes it, of a worker that was told to stop."""
+    rig.intake.stop()
+    return Drain(
+        rig.store,
+        MV,
+        rig.name,
+        driver=rig.driver,
+        intake=rig.intake,
+        outbox=rig.outbox,
+        beating=asyncio.create_task(asyncio.sleep(0)),
+        taking=asyncio.create_task(rig.intake.run()),
+        grace_s=grace_s,
+    )
+
+
+async def test_a_draining_engine_runs_what_a_late_take_handed_over(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still for no longer than elsewhere, however long the grace time."""
+    monkeypatch.setattr("worker.intake.COMPARE_S", 0.2)
+    async with worker(opened, "e1") as rig:
+        await submit(opened, "long", tokens=8000)
+        await until(lambda: rig.outbox.streams)
+        draining = asyncio.create_task(drain(rig, 60).run(asyncio.Future()))
+        await asyncio.sleep(0.5)
+        await submit(opened, "late", 3)
+        await opened.take(MV, "e1", 1, lease_ms=3000, aging_ms=30_000)
+        ids, _, end_of_it = await result(opened, "late")
+        assert (len(ids), end_of_it.reason) == (3, "length")
+        assert not draining.done()
+        await opened.cancel("long", "")
+        async with asyncio.timeout(5):
+            await draining
+
+
+async def test_an_engine_that_fails_at_the_last_moment_hands_nothing_over(
+    opened: Store, server: Any
+) -> None:
+    """Or a request that kills engines would go round, and none of its deaths would count."""
+    failed: asyncio.Future[BaseException] = asyncio.Future()
+
+    class Ominous(Store):
+        async def take(self, *args: Any, **options: Any) -> Any:
+            if options["known"] is not None and ending:
+                failed.set_result(RuntimeError("the device is gone"))
+            return await super().take(*args, **options)
+
+    ending = False
+    async with worker(Ominous(connect(server.url, timeout_s=5)), "e1") as rig:
+        await submit(opened, "r", tokens=8000)
+        await until(lambda: rig.outbox.streams)
+        ending = True
+        await drain(rig, 0).run(failed)
+        assert (await opened.client.hget(keys.request("r"), "own")) == b"1:e1"
+        await opened.cancel("r", "")
+    await rig.store.close()
+
+
+async def test_an_intake_that_breaks_in_a_drain_is_seen(opened: Store, server: Any) -> None:
+    class Broken(Store):
+        async def depart(self, *args: Any) -> Any:
+            raise ValueError("no such field")
+
+    async with worker(Broken(connect(server.url, timeout_s=5)), "e1") as rig:
+        await submit(opened, "r", tokens=8000)
+        await until(lambda: rig.outbox.streams)
+        draining = asyncio.create_task(drain(rig, 60).run(asyncio.Future()))
+        await asyncio.wait([draining], timeout=5)
+        assert isinstance(draining.exception(), ValueError)
+        await opened.cancel("r", "")
+    await rig.store.close()
+
+
+async def test_the_last_engine_serves_who_comes_after_all_were_served(opened: Store) -> None:
+    """It is told again and again that it is the last one."""
+    async with worker(opened, "e1") as rig:
+        rig.intake.finish()
+        await until(lambda: rig.intake.is_over)
+        await submit(opened, "again")
+        rig.intake.finish()
+        assert not rig.intake.is_over
+        serving = asyncio.create_task(rig.intake.run())
+        assert (await result(opened, "again"))[0] == expected(5)
+        async with asyncio.timeout(5):
+            await serving
+
+
+async def test_a_stop_while_it_waits_for_more_takes_no_more(opened: Store) -> None:
+    rig = Rig(opened, "e1", 8, 1.0)
+    rig.intake._max_wait_s = 0.3
+    await submit(opened, "first")
+    task = asyncio.create_task(rig.intake.run())
+    async with asyncio.timeout(5):
+        while (await opened.client.hget(keys.request("first"), "st")) != b"r":
+            await asyncio.sleep(0.002)
+    await submit(opened, "second")
+    rig.intake.stop()
+    await task
+    assert (await opened.client.hget(keys.request("second"), "st")) == b"w"
+    for rid in ("first", "second"):
+        await opened.cancel(rid, "")
+
+
+async def test_a_stop_ends_an_engine_whose_steps_nobody_handles() -> None:
+    """It waits for them twice, for a refusal and for a step, before it reads that it shall stop."""
+    engine, _ = create_engine(EngineOptions(engine="echo", max_batch_size=1, echo_step_ms=0))
+    driver = Driver(
+        engine, EngineThread(), on_step=lambda outputs: None, on_failure=lambda error: None
+    )
+    for _ in range(STEPS_AHEAD):
+        driver._ahead.acquire()
+    driver.add(EngineRequest("runs", [1], SamplingParams(max_tokens=8000)))
+    driver.add(EngineRequest("refused", [999_999], SamplingParams(max_tokens=3)))
+    driver.start()
+    await asyncio.sleep(0.1)
+    await driver.stop(2)
 
 
 async def test_an_engine_that_is_not_heard_takes_nothing(opened: Store) -> None:
