@@ -32,8 +32,13 @@ from openai import InternalServerError, OpenAI
 from realtime_serve import Client
 
 ROOT = Path(__file__).parents[2]
-IMAGES = ("redis:7.2-bookworm", "haproxy:2.8-bookworm", "prom/prometheus:v3.5.0")
-BASE = "python:3.11-slim-bookworm"
+IMAGES = {
+    "PYTHON_IMAGE": "python:3.11-slim-bookworm",
+    "REDIS_IMAGE": "redis:7.2-bookworm",
+    "HAPROXY_IMAGE": "haproxy:2.8-bookworm",
+    "PROMETHEUS_IMAGE": "prom/prometheus:v3.5.0",
+}
+"""By the variables of docker-compose.yml that name others."""
 # Grafana computes nothing of its own; its queries have a test, tests/deploy/test_monitoring.py.
 SERVICES = ("redis", "gateway", "haproxy", "worker", "control", "prometheus")
 STREAMS = 100
@@ -43,9 +48,13 @@ PAUSE_S = 3.0
 
 
 class Stack:
-    """The compose project, under a name and ports of its own, with the echo engine."""
+    """The compose project, under a name and ports of its own, with the echo engine.
 
-    def __init__(self) -> None:
+    Args:
+        images: as build() returns them.
+    """
+
+    def __init__(self, images: dict[str, str]) -> None:
         self.port, self._prometheus = free_port(), free_port()
         self._compose = shlex.split(os.environ.get("COMPOSE", "docker compose"))
         self._env = {key: value for key, value in os.environ.items() if key[:4] != "RTS_"} | {
@@ -55,6 +64,7 @@ class Stack:
             "TAG": "docker-test",
             "RTS_ENGINE": "echo",
             "RTS_ECHO_STEP_MS": "30",
+            **images,
         }
 
     @property
@@ -148,18 +158,25 @@ def _wait_until_healthy(container: str) -> None:
         time.sleep(0.25)
 
 
-def build() -> None:
-    """The two images, and what they and the stack are made of where it cannot be pulled."""
-    subprocess.run([str(ROOT / "tests/docker/stand_ins.sh"), BASE, *IMAGES], check=True)
+def build() -> dict[str, str]:
+    """The two images; returns IMAGES, or what stands in for them where they cannot be pulled."""
+    command = [str(ROOT / "tests/docker/stand_ins.sh"), *IMAGES.values()]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    images = dict(zip(IMAGES, found, strict=True))
+    print(*found)
+    base = images["PYTHON_IMAGE"]
+    below = int(docker("image", "inspect", "--format", "{{.Size}}", base))
     os.environ["DOCKER_BUILDKIT"] = "1"
     for target in ("gateway", "worker"):
         name = f"realtime-ai-serve-{target}:docker-test"
-        more = shlex.split(os.environ.get("DOCKER_BUILD_ARGS", ""))
+        more = ["--build-arg", f"BASE={base}"]
+        more += shlex.split(os.environ.get("DOCKER_BUILD_ARGS", ""))
         file = ("--file", "deploy/docker/Dockerfile", "--target", target)
         docker("build", "--quiet", *more, *file, "--tag", name, ".")
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name))
-        base = int(docker("image", "inspect", "--format", "{{.Size}}", BASE))
-        print(f"{name}: {size // 10**6} MB, {(size - base) // 10**6} MB of them on top of its base")
+        added = (size - below) // 10**6
+        print(f"{name}: {size // 10**6} MB, {added} MB of them on top of its base")
+    return images
 
 
 class Load:
@@ -294,8 +311,7 @@ def main() -> int:
     ):
         print("SKIPPED: docker-test needs a Docker engine, and `docker info` finds none")
         return 0
-    build()
-    stack = Stack()
+    stack = Stack(build())
     with stack.running():
         time.sleep(PAUSE_S)
         crashed = stack.crashed()

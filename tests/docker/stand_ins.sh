@@ -1,16 +1,19 @@
 #!/bin/sh
-# Makes images under the names of public ones, from Debian's packages, on a machine that reaches no registry
-# of images. Those that are there already, or that can be pulled, are left alone. Needs debootstrap.
+# Finds what stands in for public images on a machine that reaches no registry of them: prints a name for each,
+# in their order. Of an image that is there already, or can be pulled, its own; else one beginning with
+# stand-in-, which it makes from Debian's packages. Needs debootstrap then.
 # Usage: stand_ins.sh IMAGE..., each a name like python:3.11-slim-bookworm; for python, redis, haproxy and
-# prom/prometheus. Prints the names of what it made.
+# prom/prometheus.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 debian() {
     docker image inspect stand-in-debian:bookworm >/dev/null 2>&1 && return
-    [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null ||
-        { echo "no registry of images, and no debootstrap to make some (as root)" >&2; exit 1; }
+    if [ "$(id -u)" != 0 ] || ! command -v debootstrap >/dev/null; then
+        echo "no registry of images, and no debootstrap to make some (as root)" >&2
+        exit 1
+    fi
     # shellcheck disable=SC2086  # nothing where it is not set
     debootstrap --variant=minbase bookworm "$folder/root" ${DEBIAN_MIRROR:-} >&2
     rm -rf "$folder/root/var/cache/apt/archives" "$folder/root/var/lib/apt/lists"
@@ -60,13 +63,17 @@ recipe() {
 }
 
 for image in "$@"; do
-    docker image inspect "$image" >/dev/null 2>&1 && continue
-    docker pull --quiet "$image" >/dev/null 2>&1 && continue
+    if docker image inspect "$image" >/dev/null 2>&1 || docker pull --quiet "$image" >/dev/null 2>&1; then
+        echo "$image"
+        continue
+    fi
+    name=stand-in-$image
+    echo "$name"
+    docker image inspect "$name" >/dev/null 2>&1 && continue
     debian
     {
         echo "FROM stand-in-debian:bookworm"
         recipe "$image"
     } >"$folder/Dockerfile"
-    docker build --quiet --network host --tag "$image" "$folder" >&2
-    echo "$image"
+    docker build --quiet --network host --tag "$name" "$folder" >&2
 done

@@ -48,7 +48,9 @@ def front(
         pytest.skip(f"{request.param} is not installed")
     folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(folder, echo_step_ms=50, queue_limit=1))
+        cluster = stack.enter_context(
+            Cluster(folder, echo_step_ms=50, queue_limit=1, trusted_proxies="127.0.0.0/8")
+        )
         cluster.up(gateways=2)
         lifeline = Lifeline()
         stack.callback(lifeline.close)
@@ -84,6 +86,23 @@ async def test_what_is_not_for_everybody_is_not_found(front: Front) -> None:
                 assert reply.status == 404, path
         async with http.get(f"{front.url}/models") as reply:
             assert reply.status == 200
+
+
+async def test_nobody_chooses_an_address(front: Front) -> None:
+    """Or limits would be for those who do not know better, and requests of others open to all."""
+    async with aiohttp.ClientSession() as http:
+        await until(lambda: answers(front, http))
+        claim = {"X-Forwarded-For": "203.0.113.9"}
+        async with http.post(f"{front.url}/infer", json=BODY, headers=claim) as reply:
+            rid = (await reply.json())["request_id"]
+        # Whoever it says it is, it is the same caller.
+        async with http.get(f"{front.url}/requests/{rid}") as reply:
+            assert reply.status == 200
+        # With the gateways' trust in loopback, the balancer's word is what counts.
+        for gateway in front.cluster.ports:
+            url = f"http://127.0.0.1:{gateway}/requests/{rid}"
+            async with http.get(url, headers=claim) as reply:
+                assert reply.status == 404
 
 
 async def test_one_full_queue_takes_nothing_from_others(front: Front) -> None:
