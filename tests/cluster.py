@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import itertools
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from realtime_serve.lifeline import Lifeline
 from realtime_serve.redis_server import RedisServer, ServerBinary, find_binary
@@ -25,17 +28,35 @@ ROOT = Path(__file__).parents[1]
 READY_S = 60.0
 
 
-def free_port() -> int:
-    """A port that nobody has, nor is likely to take before it is used.
+PORTS = range(10_000, 32_000)
+"""Below those that the system gives to connections."""
+BLOCK = 100
 
-    Not one that the system chooses: it gives the same one to tests beside these, and to
-    connections.
-    """
-    while True:
-        port = secrets.randbelow(22_000) + 10_000
+
+@functools.cache
+def _own_ports() -> tuple[Iterator[int], TextIO]:
+    """A hundred ports that are this process's for as long as it runs, over and over again."""
+    folder = Path(tempfile.gettempdir()) / f"realtime-ai-serve-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for first in PORTS[::BLOCK]:
+        lock = (folder / str(first)).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+        else:
+            return itertools.cycle(range(first, first + BLOCK)), lock
+    raise OSError("other tests have all ports")
+
+
+def free_port() -> int:
+    """A port that nobody has, nor takes before it is used; tests beside these choose others."""
+    ports, _ = _own_ports()
+    for port in itertools.islice(ports, BLOCK):
         with socket.socket() as sock, suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
+    raise OSError("this process's ports are all taken")
 
 
 class Process:
