@@ -61,7 +61,7 @@ class Drain:
         self._answered_at = self._clock()
 
     async def run(self, failed: asyncio.Future[BaseException]) -> None:
-        """Returns when nothing is owned any more, or at once when the engine `failed`.
+        """Returns when nothing is left to do or to hand over, or at once when the engine `failed`.
 
         Then a death must be counted, or a request that kills engines would go round for as long as
         each is told to stop.
@@ -130,7 +130,8 @@ class Drain:
                 break
             except StoreUnavailable as error:
                 if self._clock() > until:
-                    log.warning("could not hand streams back", extra={"error": error.reason})
+                    extra = {"streams": len(streams), "error": error.reason}
+                    log.warning("cannot ask what is left to hand back", extra=extra)
                     break
                 await asyncio.sleep(RETRY_S)
         streams.clear()

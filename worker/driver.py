@@ -18,6 +18,10 @@ STEPS_AHEAD = 64
 """Steps the engine may run beyond what the loop has handled; then it waits: memory is bounded."""
 
 
+class EngineStuck(Exception):
+    """The engine is at a step, or at its end, for ever."""
+
+
 class EngineThread:
     """The one thread that makes, warms up and steps the engine.
 
@@ -81,7 +85,7 @@ class Driver:
 
     @property
     def step_s(self) -> float:
-        """How long the step that runs now has taken so far; 0 between steps."""
+        """How long the engine has been at what it does now; 0 while it waits or is waited for."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -111,15 +115,17 @@ class Driver:
         """Ends after the current step and closes the engine.
 
         Raises:
-            TimeoutError: that takes longer than `timeout_s`; the thread goes on.
+            EngineStuck: that takes longer than `timeout_s`; the thread goes on.
             Exception: what closing the engine raised.
         """
         self._commands.put(None)
         # Nobody may be there any more to handle what it has for the loop until it reads this.
         self._ahead.release(STEPS_AHEAD)
         if self._finished is not None:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.shield(asyncio.wrap_future(self._finished))
+            done, _ = await asyncio.wait([asyncio.wrap_future(self._finished)], timeout=timeout_s)
+            if not done:
+                raise EngineStuck(f"it has not ended in {timeout_s:g} s")
+            done.pop().result()
 
     def _run(self) -> None:
         try:
@@ -127,13 +133,10 @@ class Driver:
             while self._obey(wait=not busy):
                 self._step_began = time.monotonic()
                 outputs = self._engine.step()
-                self._step_began = None
                 self.stats = self._engine.stats()
                 self._room = self._engine.room()
                 busy = self.stats.running + self.stats.waiting > 0
-                if outputs:
-                    self._ahead.acquire()
-                    self._loop.call_soon_threadsafe(self._on_step, outputs)
+                self._pass_on(outputs)
         except BaseException as error:
             self._loop.call_soon_threadsafe(self._on_failure, error)
         finally:
@@ -143,12 +146,14 @@ class Driver:
         """Carries out the commands that are there; with `wait`, at least one. False: stop."""
         refused: list[StepOutput] = []
         received = 0
+        self._step_began = None if wait else time.monotonic()
         while True:
             try:
                 command = self._commands.get(block=wait)
             except queue.Empty:
                 break
-            wait = False
+            if wait:
+                wait, self._step_began = False, time.monotonic()
             if command is None:
                 return False
             if isinstance(command, str):
@@ -162,7 +167,11 @@ class Driver:
         # In this order a reader sees too little room for a moment, never too much.
         self._room = self._engine.room()
         self._received += received
-        if refused:
-            self._ahead.acquire()
-            self._loop.call_soon_threadsafe(self._on_step, refused)
+        self._pass_on(refused)
         return True
+
+    def _pass_on(self, outputs: list[StepOutput]) -> None:
+        self._step_began = None
+        if outputs:
+            self._ahead.acquire()
+            self._loop.call_soon_threadsafe(self._on_step, outputs)

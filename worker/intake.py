@@ -70,6 +70,7 @@ class Intake:
         self._judges_at = 0.0
         self._stopping = False
         self._finishing = False
+        self._asked = 0
         self._left = 0
 
     @property
@@ -93,8 +94,10 @@ class Intake:
         Said again, it looks once more: what was dropped or replayed meanwhile comes back here.
         """
         self._stopping, self._finishing = False, True
-        # Until a call that begins now has told.
+        # Until a call that begins now has told, and found what an earlier one may have taken.
+        self._asked += 1
         self._left = 1
+        self._unsure = True
 
     async def run(self) -> None:
         """Takes whenever there is room and a reason, until it is over; all is in the outbox then.
@@ -125,7 +128,10 @@ class Intake:
         await self._admit()
 
     def _room(self) -> int:
-        if self._outbox.on_trial:
+        if self._outbox.on_trial or self._stopping or not self._heard.is_set():
+            return 0
+        if self._driver.step_s > self._lease_ms / 2000:
+            # Each take renews the lease: an engine that hangs would keep what it owns for ever.
             return 0
         return min(self._driver.room, self._max_batch_size - len(self._outbox.streams))
 
@@ -147,7 +153,7 @@ class Intake:
                 return
 
     async def _admit(self) -> None:
-        room = self._room() if self._heard.is_set() and not self._stopping else 0
+        room = self._room()
         if room <= 0 and not self._in_doubt:
             return
         streams = self._outbox.streams.values()
@@ -157,8 +163,8 @@ class Intake:
         alone = any(item.deaths for item in taken)
         if taken and idle and not alone and len(taken) < room and self._max_wait_s:
             await asyncio.sleep(self._max_wait_s)
-            if not self._stopping:
-                taken += await self._take(room - len(taken), calm=False)
+            if (left := min(room, self._room()) - len(taken)) > 0:
+                taken += await self._take(left, calm=False)
         opened = [await self._open(item) for item in taken]
         for stream in opened:
             if stream is not None:
@@ -167,7 +173,7 @@ class Intake:
 
     async def _take(self, room: int, *, calm: bool, known: list[str] | None = None) -> list[Taken]:
         now = asyncio.get_running_loop().time()
-        finishing = self._finishing
+        asked = self._asked
         take = await self._store.take(
             self._mv,
             self._engine,
@@ -180,7 +186,7 @@ class Intake:
         if known is not None:
             self._unsure, self._compared_at = False, now
         self._outbox.waiting = take.waiting
-        if finishing:
+        if asked == self._asked:
             self._left = take.waiting + take.others
         return take.requests
 

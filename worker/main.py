@@ -21,7 +21,7 @@ from shared.settings import ModelSource, Settings, SettingsError
 from shared.store import Store, connect
 from shared.tasks import end
 from worker.drain import Drain
-from worker.driver import Driver, EngineThread
+from worker.driver import Driver, EngineStuck, EngineThread
 from worker.engine import EngineError, EngineOptions, ModelFiles, create_engine
 from worker.engine.interface import Engine
 from worker.engine.progress import ProgressLog
@@ -54,7 +54,11 @@ def main(settings: Settings) -> int:
         log.error(str(error))
         return 2
     worker = Worker(settings, sources[0].name, engine, files, thread)
-    status = uvloop.run(worker.run())
+    try:
+        status = uvloop.run(worker.run())
+    except Exception as error:
+        log.critical("worker failed", exc_info=error)
+        status = 1
     if status:
         # A device's library that failed or hangs may not let the interpreter end in an orderly way.
         logging.shutdown()
@@ -88,10 +92,6 @@ def _load(settings: Settings, source: ModelSource) -> tuple[Engine, ModelFiles]:
     engine.warm_up()
     log.info("warm", extra={"warm_up_s": round(time.monotonic() - loaded, 1)})
     return engine, files
-
-
-class EngineStuck(Exception):
-    """A step of the engine, or its end, takes for ever."""
 
 
 class Worker:
@@ -180,8 +180,6 @@ class Worker:
         if not failed.done():
             try:
                 await driver.stop(STOP_S)
-            except TimeoutError:
-                fail(EngineStuck(f"it has not ended in {STOP_S:g} s"))
             except Exception as error:
                 fail(error)
         await self._store.close()
@@ -246,7 +244,7 @@ class Worker:
         )
 
     async def _leave(self) -> None:
-        """Once more: now it owns nothing, and its consumers go, too."""
+        """Once more: what is handed over has no consumer left to keep."""
         try:
             await self._store.depart(self._mv, self._id)
         except StoreUnavailable:

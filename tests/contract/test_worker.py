@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -40,6 +41,7 @@ class Rig:
         self.name = name
         self.failures: list[BaseException] = []
         self.tokenizer = Tokenizer.from_str(files.tokenizer_json)
+        self.taking: asyncio.Task[None] | None = None
         self.heard = asyncio.Event()
         self.heard.set()
         self.outbox = Outbox(store, MV, name)
@@ -71,7 +73,8 @@ async def worker(
     pubsub = store.client.pubsub()
     await pubsub.subscribe(keys.control_channel(name))
     rig.driver.start()
-    tasks = [asyncio.create_task(rig.intake.run()), asyncio.create_task(rig.outbox.run())]
+    rig.taking = asyncio.create_task(rig.intake.run())
+    tasks = [rig.taking, asyncio.create_task(rig.outbox.run())]
     try:
         yield rig
         assert not rig.failures
@@ -485,8 +488,9 @@ async def test_the_last_engine_serves_all_who_wait_and_what_others_hand_over(
     await rig.driver.stop()
 
 
+@pytest.mark.parametrize("times", [1, 2])
 async def test_a_reply_from_before_does_not_end_the_last_engines_work(
-    opened: Store, server: Any
+    opened: Store, server: Any, times: int
 ) -> None:
     """A call that told of an empty queue was under way when the engine learned that it is last."""
 
@@ -503,6 +507,8 @@ async def test_a_reply_from_before_does_not_end_the_last_engines_work(
 
     slow = Slow(connect(server.url, timeout_s=5))
     rig = Rig(slow, "e1", 8, 1.0)
+    for _ in range(times - 1):
+        rig.intake.finish()
     task = asyncio.create_task(rig.intake.run())
     await until(lambda: not slow.hold)
     await submit(opened, "r")
@@ -540,6 +546,7 @@ async def test_what_a_late_take_handed_over_is_found_before_a_release(
 def drain(rig: Rig, grace_s: float) -> Drain:
     """As main.py makes it, of a worker that was told to stop."""
     rig.intake.stop()
+    assert rig.taking is not None
     return Drain(
         rig.store,
         MV,
@@ -548,7 +555,7 @@ def drain(rig: Rig, grace_s: float) -> Drain:
         intake=rig.intake,
         outbox=rig.outbox,
         beating=asyncio.create_task(asyncio.sleep(0)),
-        taking=asyncio.create_task(rig.intake.run()),
+        taking=rig.taking,
         grace_s=grace_s,
     )
 
@@ -581,7 +588,7 @@ async def test_an_engine_that_fails_at_the_last_moment_hands_nothing_over(
 
     class Ominous(Store):
         async def take(self, *args: Any, **options: Any) -> Any:
-            if options["known"] is not None and ending:
+            if options["known"] is not None and ending and not failed.done():
                 failed.set_result(RuntimeError("the device is gone"))
             return await super().take(*args, **options)
 
@@ -596,14 +603,34 @@ async def test_an_engine_that_fails_at_the_last_moment_hands_nothing_over(
     await rig.store.close()
 
 
-async def test_an_intake_that_breaks_in_a_drain_is_seen(opened: Store, server: Any) -> None:
-    class Broken(Store):
-        async def depart(self, *args: Any) -> Any:
-            raise ValueError("no such field")
+@pytest.mark.parametrize("call", ["depart", "take"])
+async def test_what_breaks_in_a_drain_is_seen(
+    opened: Store, server: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr("worker.intake.COMPARE_S", 0.2)
 
-    async with worker(Broken(connect(server.url, timeout_s=5)), "e1") as rig:
+    class Broken(Store):
+        broken = False
+
+        async def depart(self, *args: Any) -> Any:
+            if call == "depart":
+                raise ValueError("no such field")
+            return await super().depart(*args)
+
+        async def take(self, *args: Any, **options: Any) -> Any:
+            if call == "take" and self.broken:
+                raise ValueError("no such field")
+            return await super().take(*args, **options)
+
+    broken = Broken(connect(server.url, timeout_s=5))
+    async with worker(broken, "e1") as rig:
         await submit(opened, "r", tokens=8000)
         await until(lambda: rig.outbox.streams)
+        # One that may break: not the rig's.
+        assert rig.taking is not None
+        await end(rig.taking)
+        rig.taking = asyncio.create_task(rig.intake.run())
+        broken.broken = True
         draining = asyncio.create_task(drain(rig, 60).run(asyncio.Future()))
         await asyncio.wait([draining], timeout=5)
         assert isinstance(draining.exception(), ValueError)
@@ -627,7 +654,7 @@ async def test_the_last_engine_serves_who_comes_after_all_were_served(opened: St
 
 async def test_a_stop_while_it_waits_for_more_takes_no_more(opened: Store) -> None:
     rig = Rig(opened, "e1", 8, 1.0)
-    rig.intake._max_wait_s = 0.3
+    rig.intake._max_wait_s = 2
     await submit(opened, "first")
     task = asyncio.create_task(rig.intake.run())
     async with asyncio.timeout(5):
@@ -654,6 +681,27 @@ async def test_a_stop_ends_an_engine_whose_steps_nobody_handles() -> None:
     driver.start()
     await asyncio.sleep(0.1)
     await driver.stop(2)
+
+
+async def test_an_engine_that_hangs_takes_no_more(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each take renews its lease: with a flow of requests it would never be found dead."""
+    go_on = threading.Event()
+    async with worker(opened) as rig:
+        rig.intake._lease_ms = 400
+        engine = rig.driver._engine
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: (go_on.wait(), step())[1])
+        await submit(opened, "first")
+        await until(lambda: rig.outbox.streams)
+        await asyncio.sleep(0.3)
+        await submit(opened, "second")
+        await asyncio.sleep(0.8)
+        assert (await opened.client.hget(keys.request("second"), "st")) == b"w"
+        go_on.set()
+        for rid in ("first", "second"):
+            assert (await result(opened, rid))[0] == expected(5)
 
 
 async def test_an_engine_that_is_not_heard_takes_nothing(opened: Store) -> None:
