@@ -183,11 +183,12 @@ class Intake:
             calm=calm,
             known=known,
         )
-        if known is not None:
-            self._unsure, self._compared_at = False, now
         self._outbox.waiting = take.waiting
+        # Else it tells of a time before the last `finish`.
         if asked == self._asked:
             self._left = take.waiting + take.others
+            if known is not None:
+                self._unsure, self._compared_at = False, now
         return take.requests
 
     async def _open(self, taken: Taken) -> Stream | None:
