@@ -14,6 +14,11 @@ from chaos.play import Scenario, Stage, Stalls
 from chaos.world import World, is_stopped, old_release
 
 
+NOTICED_S = 1.2
+"""Two turns of haproxy's questions, as shipped: by then it knows who drains and who is back. A
+gateway that goes before that leaves it with nobody, which is another fault."""
+
+
 async def kill(stage: Stage) -> None:
     """SIGKILL behind a load balancer; clients resume through it."""
     world, load = stage.world, stage.load
@@ -26,7 +31,7 @@ async def kill(stage: Stage) -> None:
             await asyncio.sleep(0.8)
             world.again(victim)
             await world.ready(2)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(NOTICED_S)
 
 
 async def drain(stage: Stage) -> None:
@@ -41,7 +46,7 @@ async def drain(stage: Stage) -> None:
             stage.proof(status == 0, f"an orderly exit, not {status}")
             world.again(victim)
             await world.ready(2)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(NOTICED_S)
 
 
 async def roll(stage: Stage) -> None:
@@ -63,7 +68,7 @@ async def roll(stage: Stage) -> None:
                     if role != "worker":
                         world.again(process)
                         await world.ready(2)
-                        await asyncio.sleep(0.3)
+                        await asyncio.sleep(NOTICED_S)
 
 
 async def mixed_releases(stage: Stage) -> None:
@@ -224,7 +229,9 @@ SCENARIOS = (
             kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
             stalls="resumed",
             programs=(balancer,),
-            settings={"drain_delay_s": 0.5},
+            # Long enough to be still under way after the delay.
+            tokens=(150, 300),
+            settings={"drain_delay_s": NOTICED_S, "tokens_per_minute": 10_000},
         )
         for balancer in BALANCERS
     ),
@@ -235,8 +242,7 @@ SCENARIOS = (
         balancer="haproxy",
         kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
         programs=("haproxy",),
-        # A balancer that asks every second sends requests until the delay is over.
-        settings={"drain_delay_s": 0.5, "drain_grace_s": 3},
+        settings={"drain_delay_s": NOTICED_S, "drain_grace_s": 3},
     ),
     Scenario("old worker, new gateway", mixed_releases, workers=1, stalls="moved"),
     Scenario("soak: all mixed", soak, gateways=2, hears_cancels=False),

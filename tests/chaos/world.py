@@ -73,6 +73,8 @@ class World(Cluster):
             "model": "echo=echo",
             "echo_step_ms": STEP_MS,
             "lease_ms": LEASE_MS,
+            # One worker has room for what two have: a stall is a take-over's, not a full engine's.
+            "max_batch_size": 64,
             "keep_alive_s": 1,
             "retention_s": KEEP_S,
             "resumable_retention_s": KEEP_S,
