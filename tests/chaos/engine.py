@@ -62,7 +62,10 @@ class Fragile(EchoEngine):
     def _tell_time(self) -> None:
         """Where it is asked for: what this process takes the time to be."""
         if (self._orders / "tell-time").exists():
-            (self._orders / f"time-{os.getpid()}").write_text(str(time.time()))
+            # Whoever reads it finds all of it.
+            whole = self._orders / f"telling-{os.getpid()}"
+            whole.write_text(str(time.time()))
+            whole.replace(self._orders / f"time-{os.getpid()}")
 
     def _running(self) -> list:  # type: ignore[type-arg]
         return list(self._sequences.values())

@@ -13,7 +13,6 @@ from chaos.load import Load
 from chaos.play import Scenario, Stage, Stalls
 from chaos.world import World, is_stopped, old_release
 
-
 NOTICED_S = 1.2
 """Two turns of haproxy's questions, as shipped: by then it knows who drains and who is back. A
 gateway that goes before that leaves it with nobody, which is another fault."""
