@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 
 from shared import keys, messages
 from shared.errors import DecodeError, LogExpired, StoreUnavailable
@@ -22,6 +23,8 @@ RETRY_S = 0.2
 COMPARE_S = 5.0
 """How often Redis is asked what this engine owns and does not know: a call that was given up may
 arrive later than the next one, and what it hands over is in nobody's hands."""
+NEVER = -math.inf
+"""When it was last compared, if a comparison is due at once."""
 NEVER_MS = 10**12
 """A lease so long that nobody is found dead."""
 
@@ -65,8 +68,7 @@ class Intake:
         self._max_wait_s = max_wait_ms / 1000
         self._lease_ms = lease_ms
         self._aging_ms = aging_ms
-        self._unsure = False
-        self._compared_at = 0.0
+        self._compared_at = NEVER
         self._judges_at = 0.0
         self._stopping = False
         self._finishing = False
@@ -81,8 +83,7 @@ class Intake:
     @property
     def _in_doubt(self) -> bool:
         """Whether Redis is to be asked what this engine owns."""
-        since = asyncio.get_running_loop().time() - self._compared_at
-        return self._unsure or since > COMPARE_S
+        return asyncio.get_running_loop().time() - self._compared_at > COMPARE_S
 
     def stop(self) -> None:
         """Makes `run` end by itself: cancelled, it could lose what was just handed over."""
@@ -97,7 +98,7 @@ class Intake:
         # Until a call that begins now has told, and found what an earlier one may have taken.
         self._asked += 1
         self._left = 1
-        self._unsure = True
+        self._compared_at = NEVER
 
     async def run(self) -> None:
         """Takes whenever there is room and a reason, until it is over; all is in the outbox then.
@@ -112,7 +113,7 @@ class Intake:
             except StoreUnavailable as error:
                 log.warning("cannot take requests", extra={"error": error.reason})
                 # A request may have been handed over in a reply that did not arrive.
-                self._unsure = True
+                self._compared_at = NEVER
                 # Others may have been kept from Redis, too: their old leases prove nothing.
                 self._judges_at = asyncio.get_running_loop().time() + self._lease_ms / 1000
                 await asyncio.sleep(RETRY_S)
@@ -124,7 +125,7 @@ class Intake:
             StoreUnavailable: Redis did not answer.
         """
         self.stop()
-        self._unsure = True
+        self._compared_at = NEVER
         await self._admit()
 
     def _room(self) -> int:
@@ -154,10 +155,11 @@ class Intake:
 
     async def _admit(self) -> None:
         room = self._room()
-        if room <= 0 and not self._in_doubt:
+        in_doubt = self._in_doubt
+        if room <= 0 and not in_doubt:
             return
         streams = self._outbox.streams.values()
-        known = [stream.rid for stream in streams] if self._in_doubt else None
+        known = [stream.rid for stream in streams] if in_doubt else None
         idle = not streams
         taken = await self._take(max(0, room), calm=self._outbox.calm, known=known)
         alone = any(item.deaths for item in taken)
@@ -188,7 +190,7 @@ class Intake:
         if asked == self._asked:
             self._left = take.waiting + take.others
             if known is not None:
-                self._unsure, self._compared_at = False, now
+                self._compared_at = now
         return take.requests
 
     async def _open(self, taken: Taken) -> Stream | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import redis
 from balancers import BALANCERS
+from cluster import Process
 
 from chaos.load import Load
 from chaos.play import Scenario, Stage, Stalls
@@ -16,6 +17,13 @@ from chaos.world import World, is_stopped, old_release
 NOTICED_S = 1.2
 """Two turns of haproxy's questions, as shipped: by then it knows who drains and who is back. A
 gateway that goes before that leaves it with nobody, which is another fault."""
+
+
+async def _back(world: World, ended: Process) -> None:
+    """Another process in its place, and the balancer knows."""
+    world.again(ended)
+    await world.ready(2)
+    await asyncio.sleep(NOTICED_S)
 
 
 async def kill(stage: Stage) -> None:
@@ -28,9 +36,7 @@ async def kill(stage: Stage) -> None:
             victim.kill()
             stage.proof(victim.popen.returncode == -signal.SIGKILL, "death by SIGKILL")
             await asyncio.sleep(0.8)
-            world.again(victim)
-            await world.ready(2)
-            await asyncio.sleep(NOTICED_S)
+            await _back(world, victim)
 
 
 async def drain(stage: Stage) -> None:
@@ -43,9 +49,7 @@ async def drain(stage: Stage) -> None:
             victim.signal(signal.SIGTERM)
             status = await asyncio.to_thread(victim.popen.wait, 30)
             stage.proof(status == 0, f"an orderly exit, not {status}")
-            world.again(victim)
-            await world.ready(2)
-            await asyncio.sleep(NOTICED_S)
+            await _back(world, victim)
 
 
 async def roll(stage: Stage) -> None:
@@ -65,9 +69,7 @@ async def roll(stage: Stage) -> None:
                     status = await asyncio.to_thread(process.popen.wait, 60)
                     stage.proof(status == 0, f"an orderly exit of {role}, not {status}")
                     if role != "worker":
-                        world.again(process)
-                        await world.ready(2)
-                        await asyncio.sleep(NOTICED_S)
+                        await _back(world, process)
 
 
 async def mixed_releases(stage: Stage) -> None:

@@ -116,11 +116,15 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.002)
 
 
+async def until_state(store: Store, rid: str, state: bytes, timeout_s: float = 5) -> None:
+    async with asyncio.timeout(timeout_s):
+        while (await store.client.hget(keys.request(rid), "st")) != state:
+            await asyncio.sleep(0.002)
+
+
 async def result(store: Store, rid: str) -> tuple[list[int], str, messages.End]:
     """Ids, text and end of a request, once it has ended; checks the numbering on the way."""
-    async with asyncio.timeout(15):
-        while (await store.client.hget(keys.request(rid), "st")) != b"e":
-            await asyncio.sleep(0.002)
+    await until_state(store, rid, b"e", 15)
     ids: list[int] = []
     text = ""
     ends = []
@@ -431,9 +435,7 @@ async def test_what_was_just_taken_is_handed_back_by_a_stop(opened: Store) -> No
     rig.intake._max_wait_s = 0.3
     await submit(opened, "r")
     task = asyncio.create_task(rig.intake.run())
-    async with asyncio.timeout(5):
-        while (await opened.client.hget(keys.request("r"), "st")) != b"r":
-            await asyncio.sleep(0.002)
+    await until_state(opened, "r", b"r")
     rig.intake.stop()
     await task
     assert [stream.rid for stream in rig.outbox.streams.values()] == ["r"]
@@ -657,9 +659,7 @@ async def test_a_stop_while_it_waits_for_more_takes_no_more(opened: Store) -> No
     rig.intake._max_wait_s = 2
     await submit(opened, "first")
     task = asyncio.create_task(rig.intake.run())
-    async with asyncio.timeout(5):
-        while (await opened.client.hget(keys.request("first"), "st")) != b"r":
-            await asyncio.sleep(0.002)
+    await until_state(opened, "first", b"r")
     await submit(opened, "second")
     rig.intake.stop()
     await task
@@ -724,9 +724,7 @@ async def test_a_corrupt_log_refuses_its_request_alone(opened: Store) -> None:
     await opened.client.xadd(keys.log("broken"), {"d": b"nonsense"}, id="1-0")
     await opened.release(MV, "dead", [("broken", 1)])
     async with worker(opened) as rig:
-        async with asyncio.timeout(5):
-            while (await opened.client.hget(keys.request("broken"), "st")) != b"e":
-                await asyncio.sleep(0.002)
+        await until_state(opened, "broken", b"e")
         assert (await opened.client.hget(keys.request("broken"), "reason")) == b"error"
         await submit(opened, "next")
         assert (await result(opened, "next"))[0] == expected(5)

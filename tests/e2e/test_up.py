@@ -20,6 +20,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 import redis
+from cluster import free_port
 
 from realtime_serve.redis_server import RedisServer, find_binary
 from realtime_serve.up import usable_cores
@@ -81,7 +82,7 @@ class Starter:
         self.env = {
             "RTS_ENGINE": "echo",
             "RTS_DATA_DIR": str(tmp_path / "data"),
-            "RTS_PORT": str(free_port()),
+            "RTS_PORT": str(two_free_ports()),
             "RTS_DRAIN_GRACE_S": "5",
         }
         self._started: list[Up] = []
@@ -117,15 +118,12 @@ def start(tmp_path: Path) -> Iterator[Starter]:
     starter.close()
 
 
-def free_port() -> int:
-    """A port that is free, as is the next one."""
+def two_free_ports() -> int:
+    """The first of two in a row."""
     while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
+        port = free_port()
+        if free_port() == port + 1:
+            return port
 
 
 def assert_gone(processes: Mapping[str, psutil.Process]) -> None:
@@ -252,7 +250,7 @@ def test_busy_port_is_named_with_its_holder_and_the_way_out(start: Starter) -> N
 def test_data_folder_is_for_one_at_a_time(start: Starter) -> None:
     first = start()
     first.wait_for("ready in")
-    second = start(env={"RTS_PORT": str(free_port())})
+    second = start(env={"RTS_PORT": str(two_free_ports())})
     assert second.end() == 1
     assert f"in use by another `up` (pid {first.process.pid})" in second.output
     assert "RTS_DATA_DIR" in second.output
