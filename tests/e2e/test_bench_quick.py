@@ -77,8 +77,9 @@ def test_a_contender_that_is_unknown_is_named(tmp_path: Path) -> None:
     assert "nobody is none of engine alone, cluster" in ran.stdout
 
 
-async def test_what_a_token_costs_the_server(redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("bare", [False, True])
+async def test_what_a_token_costs_the_server(redis_server: RedisServer, bare: bool) -> None:
     # A process's CPU time is counted in hundredths of a second.
-    cpu_us, call_us = await measure(redis_server, 16, steps=200)
+    cpu_us, call_us = await measure(redis_server, 16, bare=bare, steps=200)
     assert 0 < cpu_us < 1000
     assert call_us > 0
