@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import importlib.util
+import os
 import re
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import redis
 import rules
 import schemas
 import yaml
+from chaos.world import find_server
 from gateway_site import Site, open_site, until
 from manifests import (
     FOLDER,
@@ -37,8 +39,9 @@ from manifests import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from realtime_serve.redis_server import RedisServer, find_binary
+from realtime_serve.redis_server import RedisServer, ServerBinary, find_binary
 from shared import keys
+from shared.access import acl_file
 from shared.settings import Settings
 
 ALL = (*OVERLAYS, "second-model", "ingress")
@@ -147,6 +150,11 @@ def test_the_way_in_waits_as_long_as_an_answer_may_take() -> None:
     assert int(said[f"{nginx}/proxy-body-size"].removesuffix("m")) << 20 > settings.max_body_bytes
     assert int(said["haproxy.org/timeout-server"].removesuffix("s")) > settings.timeout_s
     assert said["haproxy.org/backend-config-snippet"] == "option http-no-delay"
+    # What a gateway refuses goes to another one, as with the nginx of deploy/nginx.
+    again = re.search(r"proxy_next_upstream (.*);", (ROOT / "deploy/nginx/nginx.conf").read_text())
+    assert again is not None
+    assert said[f"{nginx}/proxy-next-upstream"] == again[1]
+    assert said[f"{nginx}/proxy-next-upstream-tries"] == "2"
     (route,) = of_kind(of_component("gateway-api"), "HTTPRoute")
     (rule,) = route["spec"]["rules"]
     assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
@@ -170,11 +178,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         yield server
 
 
-def test_a_server_takes_the_configuration(tmp_path: Path) -> None:
-    with _configured(tmp_path) as client:
+@pytest.fixture(params=["valkey", "redis"])
+def binary(request: pytest.FixtureRequest) -> ServerBinary:
+    try:
+        return find_server(request.param)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_a_server_takes_the_configuration(tmp_path: Path, binary: ServerBinary) -> None:
+    with _container(tmp_path, binary) as port, _client(port, "p") as client:
         said = client.config_get(
             *("appendonly", "maxmemory", "maxmemory-policy", "client-output-buffer-limit")
         )
+        with pytest.raises(redis.AuthenticationError), _client(port, "") as other:
+            other.ping()
     assert (said["appendonly"], said["maxmemory-policy"]) == ("yes", "noeviction")
     assert "pubsub 268435456" in said["client-output-buffer-limit"]
     limit = pod(overlay_objects("cpu"), "redis").limit("memory")
@@ -182,17 +200,38 @@ def test_a_server_takes_the_configuration(tmp_path: Path) -> None:
     assert 2 * int(said["maxmemory"]) <= int(limit.removesuffix("Gi")) << 30
 
 
+def test_a_server_takes_a_user_for_each_role(tmp_path: Path, binary: ServerBinary) -> None:
+    """As docs/kubernetes.md has it: `default`, which the probes are, keeps the old password."""
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "users.acl").write_text(acl_file({"gateway": "g"}, admin="p"))
+    with _container(tmp_path, binary) as port, _client(port, "p") as client:
+        assert client.acl_users() == ["default", "gateway"]
+        with _client(port, "g", username="gateway") as gateway:
+            assert gateway.ping()
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                gateway.flushall()
+
+
 @contextlib.contextmanager
-def _configured(folder: Path) -> Iterator[redis.Redis]:
-    """A server with our file; only its folder and its address are others."""
-    binary, _ = find_binary()
-    config = FOLDER / "components" / "redis" / "valkey.conf"
+def _container(folder: Path, binary: ServerBinary) -> Iterator[int]:
+    """Runs what the container of the StatefulSet would; only folders and its address are others."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    given = ["--dir", str(folder), "--port", port, "--bind", "127.0.0.1", "--requirepass", "p"]
-    command = [str(binary.path), str(config), *given]
+        port = free.getsockname()[1]
+    shell, option, script = pod(overlay_objects("cpu"), "redis").container["command"]
+    for old, new in (
+        ("valkey-server ", f"{binary.path} "),
+        ("/etc/valkey/", f"{FOLDER}/components/redis/"),
+        ("/etc/valkey-users/", f"{folder}/users/"),
+        ("--dir /data", f"--dir {folder} --port {port} --bind 127.0.0.1"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [shell, option, script],
+        env={"REDISCLI_AUTH": "p", "PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         try:
             assert process.stdout is not None
@@ -202,10 +241,34 @@ def _configured(folder: Path) -> Iterator[redis.Redis]:
                 if "Ready to accept connections" in line:
                     break
             assert process.poll() is None, "".join(said)
-            with redis.Redis(port=int(port), password="p", decode_responses=True) as client:
-                yield client
+            arguments = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+            assert arguments[0].startswith(str(binary.path)), "signals are the server's"
+            assert not {"p", "requirepass"}.intersection(arguments)
+            yield port
         finally:
             process.terminate()
+
+
+def _client(port: int, password: str, **more: Any) -> redis.Redis:
+    return redis.Redis(port=port, password=password, decode_responses=True, **more)
+
+
+@pytest.mark.parametrize("kind", ["readinessProbe", "livenessProbe"])
+def test_a_server_whose_disk_is_full_is_not_killed(tmp_path: Path, kind: str) -> None:
+    """It answers, and goes on reading; killed, it would lose what it could not write."""
+    probe = pod(overlay_objects("cpu"), "redis").container[kind]["exec"]["command"]
+
+    def passes(answer: str) -> bool:
+        cli = tmp_path / "valkey-cli"
+        cli.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        cli.chmod(0o755)
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.run(probe, env=env, check=False).returncode == 0
+
+    assert passes("PONG")
+    assert passes("MISCONF Errors writing to the AOF file: No space left on device")
+    assert not passes("LOADING Valkey is loading the dataset in memory")
+    assert not passes("Could not connect to Valkey at 127.0.0.1:6379: Connection refused")
 
 
 def test_the_probe_is_true_while_an_engine_of_this_host_listens(server: RedisServer) -> None:

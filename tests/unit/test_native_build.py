@@ -23,6 +23,16 @@ def test_an_image_brings_its_libraries_along(
     assert not data.exists()
 
 
+def test_an_image_for_another_processor_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    monkeypatch.delattr(build, "_compile")
+    build.main(str(tmp_path / "built"))
+    assert list((tmp_path / "built").iterdir()) == [], "what is copied into the image is there"
+    assert "no native backend" in capsys.readouterr().out
+
+
 def _touch(path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.touch()

@@ -54,8 +54,7 @@ def best_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     Raises:
         NativeUnavailable: it has none, or this is no Linux on x86-64.
     """
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise NativeUnavailable(f"it is for Linux on x86-64, not {platform.platform(terse=True)}")
+    _refuse_other_machines()
     try:
         found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError as error:
@@ -65,6 +64,11 @@ def best_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         if _NEEDS[level] <= flags:
             return level
     raise NativeUnavailable("this processor has no AVX2")
+
+
+def _refuse_other_machines() -> None:
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise NativeUnavailable(f"it is for Linux on x86-64, not {platform.platform(terse=True)}")
 
 
 def library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path:
@@ -123,7 +127,16 @@ def _compile(compiler: str, arguments: list[str], path: Path) -> None:
 
 
 def main(folder: str) -> None:
-    """Compile every level into a folder, for an image that runs on any processor."""
+    """Compile every level into a folder, for an image that runs on any processor.
+
+    On machines that the backend is not for the folder stays empty: workers take the reference.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        _refuse_other_machines()
+    except NativeUnavailable as why:
+        print(f"no native backend: {why}")
+        return
     for level in LEVELS:
         library(level, Path(folder))
 

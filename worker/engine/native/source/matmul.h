@@ -117,30 +117,29 @@ inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* p
 }
 #endif
 
-// Rows times the panels of one thread's share. a: [rows rounded up to 32][stride], as wide as the
-// matrix is deep. use(panel, row, values) gets PANEL values, the bias added.
+// Rows times a matrix, by all threads. a: [rows rounded up to 32][stride], as wide as the matrix is
+// deep. use(panel, row, values) gets PANEL values, the bias added.
 template <class T, class Use>
-void multiply(const T* a, size_t stride, int rows, const Matrix<T>& m, Share panels, Use use) {
-    alignas(64) float out[32 * PANEL];
-    const int most = block_rows<T>(m.depth);
-    for (int block = 0; block < rows; block += most) {
-        const int end = std::min(rows, block + most);
-        for (int p = panels.first; p < panels.last; p++) {
-            for (int r = block; r < end; r += 32) {
-                const int count = std::min(32, end - r);
-                multiply_block<T>(count, a + r * stride, stride, m.panel(p), m.depth, out,
-                                  r == block);
-                for (int i = 0; i < count; i++) {
-                    float* values = out + i * PANEL;
-                    if (!m.bias.empty())
-                        for (int v = 0; v < PANEL; v += LANES)
-                            store(values + v,
-                                  add(load(values + v), load(m.bias.data() + p * PANEL + v)));
-                    use(p, r + i, values);
-                }
+void multiply(Team& team, int thread, const T* a, size_t stride, int rows, const Matrix<T>& m,
+              Use use) {
+    const int most = block_rows<T>(m.depth), blocks = (rows + most - 1) / most;
+    team.spread(thread, blocks * m.panels, [&](int at) {
+        alignas(64) float out[32 * PANEL];
+        const int block = at / m.panels * most, end = std::min(rows, block + most);
+        const int p = at % m.panels;
+        for (int r = block; r < end; r += 32) {
+            const int count = std::min(32, end - r);
+            multiply_block<T>(count, a + r * stride, stride, m.panel(p), m.depth, out, r == block);
+            for (int i = 0; i < count; i++) {
+                float* values = out + i * PANEL;
+                if (!m.bias.empty())
+                    for (int v = 0; v < PANEL; v += LANES)
+                        store(values + v,
+                              add(load(values + v), load(m.bias.data() + p * PANEL + v)));
+                use(p, r + i, values);
             }
         }
-    }
+    });
 }
 
 }  // namespace rts

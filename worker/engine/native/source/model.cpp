@@ -281,7 +281,7 @@ class Decoder final : public Engine {
             Layer<T>& l = layers_[i];
             normalize(own, l.norm_attention);
             team_.barrier();
-            multiply(h_.data(), width_, rows, l.qkv, Share(l.qkv.panels, thread, threads),
+            multiply(team_, thread, h_.data(), width_, rows, l.qkv,
                      [&](int p, int r, const float* values) {
                          T* to = row(qkv_, r, qkv_width_) + p * PANEL;
                          for (int j = 0; j < PANEL; j += LANES) store(to + j, load(values + j));
@@ -291,8 +291,9 @@ class Decoder final : public Engine {
             for (int u = heads.first; u < heads.last; u++)
                 place(s, i, u / shape_.kv_heads, u % shape_.kv_heads);
             team_.barrier();
-            for (int p = shares_[thread]; p < shares_[thread + 1]; p++)
-                attend(s, i, pieces_[p], thread);
+            team_.spread(
+                thread, [&](int whose) { return Share(shares_[whose], shares_[whose + 1]); },
+                [&](int p) { attend(s, i, pieces_[p], thread); });
             team_.barrier();
             add_product(attention_.data(), attention_width_, rows, l.out, thread,
                         !l.norm_attention_out.empty());
@@ -301,7 +302,7 @@ class Decoder final : public Engine {
             normalize(own, l.norm_ffn);
             team_.barrier();
             const auto activation = Activation(shape_.activation);
-            multiply(h_.data(), width_, rows, l.gate_up, Share(l.gate_up.panels, thread, threads),
+            multiply(team_, thread, h_.data(), width_, rows, l.gate_up,
                      [&](int p, int r, const float* values) {
                          gate(activation, values, row(ffn_, r, ffn_width_) + p * 16);
                      });
@@ -320,7 +321,7 @@ class Decoder final : public Engine {
                      shape_.norm_eps, row(h_, i, width_));
         team_.barrier();
         Best* best = best_.data() + size_t(thread) * outs;
-        multiply(h_.data(), width_, outs, head_, Share(head_.panels, thread, threads),
+        multiply(team_, thread, h_.data(), width_, outs, head_,
                  [&](int p, int r, float* values) {
                      if (shape_.logit_soft_cap) cap_logits(p, values);
                      if (is_plain(s, r)) return best[r].look_at(values, p * PANEL);
@@ -342,7 +343,7 @@ class Decoder final : public Engine {
 
     // x += a W'. With `apart` the product is kept in y, to be normalized first.
     void add_product(const T* a, int stride, int rows, const Matrix<T>& m, int thread, bool apart) {
-        multiply(a, stride, rows, m, Share(m.panels, thread, team_.size()),
+        multiply(team_, thread, a, stride, rows, m,
                  [&](int p, int r, const float* values) {
                      float* to = row(apart ? y_ : x_, r, width_) + p * PANEL;
                      if (apart)
@@ -415,14 +416,9 @@ class Decoder final : public Engine {
         return s.temperature && s.temperature[i] < GREEDY && s.seen_start[i] == s.seen_start[i + 1];
     }
 
-    // The threads have looked at the vocabulary in the order of its ids.
     int64_t best_of(int i, int outs) const {
         Best best;
-        for (int t = 0; t < team_.size(); t++) {
-            const Best& other = best_[size_t(t) * outs + i];
-            best.failed |= other.failed;
-            if (other.value > best.value) best.value = other.value, best.id = other.id;
-        }
+        for (int t = 0; t < team_.size(); t++) best.merge(best_[size_t(t) * outs + i]);
         return best.failed || !std::isfinite(best.value) ? FAILED : best.id;
     }
 

@@ -54,7 +54,7 @@ struct Best {
     int32_t id = 0;
     bool failed = false;  // one was no number
 
-    // values: PANEL logits, of the ids from `first` on, in ascending order of calls.
+    // values: PANEL logits, of the ids from `first` on. Calls may come in any order.
     void look_at(const float* values, int first) {
         Vec high = broadcast(-INFINITY);
         uint32_t bad = 0;
@@ -64,13 +64,23 @@ struct Best {
         }
         failed |= bad != 0;
         const float most = largest(high);
-        if (!(most > value)) return;
+        if (!is_better(most, first)) return;
         value = most;
         for (int j = 0; j < PANEL; j += LANES)
             if (uint32_t found = not_below(load(values + j), broadcast(most))) {
                 id = first + j + __builtin_ctz(found);
                 return;
             }
+    }
+
+    void merge(const Best& other) {
+        failed |= other.failed;
+        if (is_better(other.value, other.id)) value = other.value, id = other.id;
+    }
+
+ private:
+    bool is_better(float its_value, int its_id) const {
+        return its_value > value || (its_value == value && its_id < id);
     }
 };
 

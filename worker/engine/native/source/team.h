@@ -16,9 +16,18 @@
 
 namespace rts {
 
+// The part of 0 .. count - 1 that is one thread's.
+struct Share {
+    int first, last;
+    Share(int begin, int end) : first(begin), last(end) {}
+    Share(int count, int thread, int threads)
+        : first(int(int64_t(count) * thread / threads)),
+          last(int(int64_t(count) * (thread + 1) / threads)) {}
+};
+
 class Team {
  public:
-    explicit Team(int size) : size_(size) {
+    explicit Team(int size) : size_(size), taken_(size) {
         // Signals are for Python's threads.
         sigset_t all, before;
         sigfillset(&all);
@@ -40,7 +49,10 @@ class Team {
     // Calls job(0) .. job(size - 1), each in its thread, and returns when all have.
     template <class Job>
     void run(Job&& job) {
-        if (size() == 1) return job(0);
+        if (size() == 1) {
+            job(0);
+            return barrier();
+        }
         std::function<void(int)> function = std::ref(job);
         job_ = &function;
         start();
@@ -50,9 +62,10 @@ class Team {
 
     // Returns once all threads have called it.
     void barrier() {
-        if (size() == 1) return;
+        if (size() == 1) return forget_taken();
         uint32_t round = round_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+            forget_taken();
             arrived_.store(0, std::memory_order_relaxed);
             round_.store(round + 1, std::memory_order_release);
             return;
@@ -65,10 +78,43 @@ class Team {
         }
     }
 
+    // Calls job(i) for each i of share(0), share(1), ..., a share for each thread, in whatever thread
+    // gets to it. Every thread calls this, and once between two barriers. It begins with its own
+    // share, and then takes of others' what they have not begun: one that another process keeps from
+    // its core would else hold up all.
+    template <class ShareOf, class Job>
+    void spread(int thread, ShareOf share_of, Job job) {
+        for (int i = 0; i < size(); i++) {
+            const int whose = (thread + i) % size();
+            const Share share = share_of(whose);
+            while (true) {
+                const int at = share.first +
+                               taken_[whose].count.fetch_add(1, std::memory_order_relaxed);
+                if (at >= share.last) break;
+                job(at);
+            }
+        }
+    }
+
+    // The same, of 0 .. count - 1 in equal shares.
+    template <class Job>
+    void spread(int thread, int count, Job job) {
+        spread(thread, [&](int whose) { return Share(count, whose, size()); }, job);
+    }
+
  private:
+    // In a cache line of its own.
+    struct alignas(64) Taken {
+        std::atomic<int> count{0};
+    };
+
     static constexpr int SPINS_BEFORE_YIELD = 2000;
     // About a tenth of a millisecond: the next step mostly begins within it.
     static constexpr int SPINS_BEFORE_SLEEP = 2000;
+
+    void forget_taken() {
+        for (auto& taken : taken_) taken.count.store(0, std::memory_order_relaxed);
+    }
 
     void start() {
         started_.fetch_add(1, std::memory_order_seq_cst);
@@ -101,15 +147,8 @@ class Team {
     alignas(64) std::atomic<int> sleeping_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
+    std::vector<Taken> taken_;  // of each thread's share
     std::vector<std::thread> threads_;
-};
-
-// The part of 0 .. count - 1 that is one thread's.
-struct Share {
-    int first, last;
-    Share(int count, int thread, int threads)
-        : first(int(int64_t(count) * thread / threads)),
-          last(int(int64_t(count) * (thread + 1) / threads)) {}
 };
 
 }  // namespace rts
