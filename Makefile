@@ -28,6 +28,7 @@ test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of it
 		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
 
 docker-test: env-dev ## build the images, restart docker-compose.yml's services under streams (needs Docker)
+	@$(PYTHON) -m realtime_serve.demo_model
 	@PYTHONPATH=.:tests $(PYTHON) tests/docker/stack.py
 
 k8s-check: env-dev ## render the manifests of deploy/k8s and check them against schemas and code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster import ROOT, free_port
@@ -16,16 +16,29 @@ BALANCERS = ("haproxy", "nginx")
 class Balancer:
     """A haproxy or an nginx with the shipped configuration; only addresses and folders are others.
 
+    Args:
+        kind: one of BALANCERS. folder: for its files. ports: of the gateways, on loopback.
+        texts: what else is to be otherwise, by what the file has there, once.
+
     Attributes:
         port: where it listens, on loopback.
     """
 
-    def __init__(self, kind: str, folder: Path, ports: Sequence[int], lifeline: Lifeline) -> None:
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        ports: Sequence[int],
+        lifeline: Lifeline,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         config = folder / f"{kind}.conf"
-        config.write_text(
-            _haproxy(self.port, ports) if kind == "haproxy" else _nginx(self.port, ports, folder)
-        )
+        text = _haproxy(self.port, ports) if kind == "haproxy" else _nginx(self.port, ports, folder)
+        for old, new in (texts or {}).items():
+            assert text.count(old) == 1, (kind, old)
+            text = text.replace(old, new)
+        config.write_text(text)
         command = {
             "haproxy": ["haproxy", "-f", str(config), "-db"],
             "nginx": ["nginx", "-c", str(config), "-g", "daemon off;"],

@@ -22,8 +22,6 @@ from chaos.load import SURVIVING, Load, Stream, tally
 from chaos.world import LEASE_MS, World
 from shared.tasks import end
 
-REQUIRED = "CHAOS_REQUIRED"
-"""Environment variable: what cannot be played here is a failure, as in CI, which installs it."""
 ROOTLESS = "CHAOS_ROOTLESS"
 """Environment variable: only faults that need root may be left out all the same."""
 NOT_ALLOWED = "it needs root that may mount disks and filter packets"

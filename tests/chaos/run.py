@@ -15,9 +15,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from cluster import ROOT
+from required import REQUIRED
 
 from chaos.catalogue import SCENARIOS
-from chaos.play import REQUIRED, Row, Scenario, is_excused, play, quantile, seed_of
+from chaos.play import Row, Scenario, is_excused, play, quantile, seed_of
 from chaos.world import LEASE_MS, SERVERS, STEP_MS, find_server
 
 RESULTS = ROOT / "benchmarks" / "results" / "chaos.md"

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from required import REQUIRED
 
 from chaos.catalogue import SCENARIOS
-from chaos.play import REQUIRED, Scenario, Stalls, is_excused, play, seed_of
+from chaos.play import Scenario, Stalls, is_excused, play, seed_of
 from chaos.run import updated
 from chaos.world import SERVERS, find_server
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import time
 import urllib.parse
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster, free_port
+from required import needs
 
 from realtime_serve import Client
 from realtime_serve.lifeline import Lifeline
@@ -25,9 +25,6 @@ RULES = ROOT / "deploy/prometheus/rules.yml"
 K8S_RULES = ROOT / "deploy/k8s/components/monitoring/rules.yaml"
 DASHBOARD = ROOT / "deploy/grafana/provisioning/dashboards/realtime-ai-serve.json"
 
-needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool here")
-needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus here")
-
 
 def _queries() -> list[str]:
     """Every query of the dashboard, as Grafana would send it with all models chosen."""
@@ -36,13 +33,13 @@ def _queries() -> list[str]:
     return [query.replace("$model", ".*").replace("$__rate_interval", "20s") for query in found]
 
 
-@needs_promtool
 @pytest.mark.parametrize(
     "command",
     [("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")],
     ids=["config", "rules"],
 )
 def test_promtool_is_content(command: tuple[str, ...]) -> None:
+    needs("promtool")
     done = subprocess.run(
         ["promtool", *command], cwd=RULES.parent, capture_output=True, text=True, check=False
     )
@@ -125,6 +122,7 @@ class Prometheus:
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """One that has seen a cluster of two gateways under some load."""
+    needs("prometheus")
     folder = tmp_path_factory.mktemp("monitoring")
     with Cluster(folder) as cluster, Lifeline() as lifeline:
         cluster.up(gateways=2, workers=1)
@@ -154,14 +152,12 @@ def _load(cluster: Cluster, server: Prometheus) -> None:
     raise AssertionError("Prometheus has no data")
 
 
-@needs_prometheus
 @pytest.mark.e2e
 @pytest.mark.parametrize("query", _queries())
 def test_query_of_the_dashboard_finds_data(prometheus: Prometheus, query: str) -> None:
     assert prometheus.query(query), query
 
 
-@needs_prometheus
 @pytest.mark.e2e
 def test_all_rules_are_loaded_and_healthy(prometheus: Prometheus) -> None:
     deadline = time.monotonic() + 10

@@ -2,9 +2,10 @@
 
 Builds the images, brings the stack up, streams through its load balancer with the official client,
 restarts or replaces every service under 100 streams, none of which may break, shows that a gateway
-that is killed does break some, and takes it all down. Says so, and does nothing, where there is no
-engine. Settings, as environment variables: COMPOSE (the command, `docker compose`),
-DOCKER_BUILD_ARGS (further arguments of `docker build`, where package indexes need some).
+that is killed does break some, has the demo model answer, and takes it all down. Says so, and does
+nothing, where there is no engine. Settings, as environment variables: COMPOSE (the command,
+`docker compose`), DOCKER_BUILD_ARGS (further arguments of `docker build`, where package indexes
+need some).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gateway_site import letters
 from openai import InternalServerError, OpenAI
 
 from realtime_serve import Client
+from shared.settings import DEMO_MODEL, Settings
 
 ROOT = Path(__file__).parents[2]
 IMAGES = {
@@ -41,8 +43,11 @@ IMAGES = {
 """By the variables of docker-compose.yml that name others."""
 # Grafana computes nothing of its own; its queries have a test, tests/deploy/test_monitoring.py.
 SERVICES = ("redis", "gateway", "haproxy", "worker", "control", "prometheus")
+DEMO = Settings().data_dir / "models" / DEMO_MODEL
 STREAMS = 100
 TOKENS = 100
+LONG_TOKENS = 500
+"""Of every second resumable stream: 15 s, so that no grace time and no delay outlasts it."""
 WORKERS = 2
 PAUSE_S = 3.0
 
@@ -59,6 +64,8 @@ class Stack:
         self._compose = shlex.split(os.environ.get("COMPOSE", "docker compose"))
         self._env = {key: value for key, value in os.environ.items() if key[:4] != "RTS_"} | {
             "COMPOSE_PROJECT_NAME": "rts-docker-test",
+            "COMPOSE_FILE": f"docker-compose.yml{os.pathsep}tests/docker/override.yml",
+            "DEMO_MODEL": str(DEMO),
             "PORT": str(self.port),
             "PROMETHEUS_PORT": str(self._prometheus),
             "TAG": "docker-test",
@@ -80,7 +87,8 @@ class Stack:
             raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def up(self, *words: str) -> None:
+    def up(self, *words: str, **environment: str) -> None:
+        self._env |= environment
         self.compose("up", "--detach", "--no-build", "--wait", *words, *SERVICES)
 
     def containers(self, service: str) -> list[str]:
@@ -120,13 +128,24 @@ class Stack:
             if docker("inspect", "--format", count, container) != "0"
         ]
 
-    def gateways_seen(self) -> int:
-        """How many gateways Prometheus scrapes."""
-        query = urllib.parse.urlencode({"query": 'sum(up{job="realtime-ai-serve"})'})
-        url = f"http://127.0.0.1:{self._prometheus}/api/v1/query?{query}"
+    def ask_prometheus(self, query: str) -> int:
+        """The one number that a query gives; 0 if it gives none."""
+        words = urllib.parse.urlencode({"query": query})
+        url = f"http://127.0.0.1:{self._prometheus}/api/v1/query?{words}"
         with urllib.request.urlopen(url, timeout=5) as reply:
             (found,) = json.loads(reply.read())["data"]["result"] or [{"value": (0, 0)}]
-            return int(found["value"][1])
+            return int(float(found["value"][1]))
+
+    def killed(self) -> list[str]:
+        """Stops everything; the services of which a container did not end in its time."""
+        self.compose("stop")
+        state = "{{.State.ExitCode}}"
+        return [
+            service
+            for service in SERVICES
+            for container in self.compose("ps", "--all", "--quiet", service).split()
+            if docker("inspect", "--format", state, container) == "137"
+        ]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -176,7 +195,18 @@ def build() -> dict[str, str]:
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name))
         added = (size - below) // 10**6
         print(f"{name}: {size // 10**6} MB, {added} MB of them on top of its base")
+    # As it runs, and with no compiler: a library that is not there would be made up for in silence.
+    confined = ("--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none")
+    docker("run", *confined, "realtime-ai-serve-worker:docker-test", "python", "-c", LOADS)
     return images
+
+
+LOADS = """
+from pathlib import Path
+import worker.engine.torch_engine
+from worker.engine.native.build import BUILT, LEVELS, library
+assert all(library(level, Path("/tmp")).parent == BUILT for level in LEVELS)
+"""
 
 
 class Load:
@@ -207,15 +237,16 @@ class Load:
         ):
             while not self._end.is_set():
                 seed += STREAMS
+                tokens = LONG_TOKENS if seed % 4 == 0 else TOKENS
                 try:
                     if kind == "plain":
-                        text, reason = self._plain(official, seed)
+                        text, reason = self._plain(official, seed, tokens)
                     else:
-                        text, reason = self._resumable(ours, seed)
+                        text, reason = self._resumable(ours, seed, tokens)
                 except Exception as error:
                     self._broke(kind, repr(error))
                     continue
-                if (text, reason) == (letters(seed, TOKENS), "length"):
+                if (text, reason) == (letters(seed, tokens), "length"):
                     self.complete[kind] += 1
                 else:
                     self._broke(kind, f"{reason!r} after {text!r}")
@@ -225,11 +256,11 @@ class Load:
         self.what.append(f"{kind}: {what}")
         time.sleep(0.1)
 
-    def _plain(self, client: OpenAI, seed: int) -> tuple[str, str | None]:
+    def _plain(self, client: OpenAI, seed: int, tokens: int) -> tuple[str, str | None]:
         while True:
             try:
                 stream = client.completions.create(
-                    model="echo", prompt="a", max_tokens=TOKENS, seed=seed, stream=True
+                    model="echo", prompt="a", max_tokens=tokens, seed=seed, stream=True
                 )
                 break
             except InternalServerError as error:
@@ -241,8 +272,8 @@ class Load:
         choices = [choice for chunk in stream for choice in chunk.choices]
         return "".join(choice.text for choice in choices), choices[-1].finish_reason
 
-    def _resumable(self, client: Client, seed: int) -> tuple[str, str | None]:
-        stream = client.stream("a", model="echo", max_tokens=TOKENS, seed=seed)
+    def _resumable(self, client: Client, seed: int, tokens: int) -> tuple[str, str | None]:
+        stream = client.stream("a", model="echo", max_tokens=tokens, seed=seed)
         text = "".join(token.text for token in stream)
         return text, stream.answer.finish_reason
 
@@ -282,7 +313,17 @@ def restart_everything(stack: Stack) -> bool:
     print(load.told())
     for line in load.what[:10]:
         print(f"  {line}")
-    return all(load.complete[kind] for kind in KINDS) and not load.broken.total()
+    # Of all gateways there have been: one that is replaced starts to count anew.
+    moved = {
+        what: stack.ask_prometheus(f"sum(max_over_time({name}[30m]))")
+        for what, name in (
+            ("handed over by workers", "rts_request_redeliveries_total"),
+            ("resumed at another gateway", "rts_stream_resumes_total"),
+        )
+    }
+    print(", ".join(f"{count} {what}" for what, count in moved.items()))
+    whole = all(load.complete[kind] for kind in KINDS) and not load.broken.total()
+    return whole and all(moved.values())
 
 
 def kill_a_gateway(stack: Stack) -> bool:
@@ -294,6 +335,23 @@ def kill_a_gateway(stack: Stack) -> bool:
     load.stop()
     print(f"a gateway killed: {load.told()}")
     return load.broken["plain"] > 0 and not load.broken["resumable"]
+
+
+def let_the_demo_model_answer(stack: Stack) -> bool:
+    """The torch engine in its container; whether it says what the model does."""
+    one = ("--scale", "worker=1", "--scale", "gateway=2")
+    model = {"RTS_ENGINE": "torch", "RTS_MODEL": "demo=/models/demo", "RTS_KV_CACHE_MB": "256"}
+    stack.up(*one, **model)
+    with OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=5) as client:
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=30,
+            temperature=0,
+        )
+    text = answer.choices[0].message.content or ""
+    print(f"the demo model says {text!r}")
+    return "Paris" in text
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -311,6 +369,9 @@ def main() -> int:
     ):
         print("SKIPPED: docker-test needs a Docker engine, and `docker info` finds none")
         return 0
+    if not DEMO.is_dir():
+        # Docker would make it, and who fetches it would take that for the model.
+        raise SystemExit(f"no model at {DEMO}: python -m realtime_serve.demo_model")
     stack = Stack(build())
     with stack.running():
         time.sleep(PAUSE_S)
@@ -328,17 +389,23 @@ def main() -> int:
         seen = kill_a_gateway(stack)
         stack.up("--scale", "worker=3", "--scale", "gateway=4")
         assert len(stack.containers("worker")) == 3
-        until(lambda: stack.gateways_seen() == 4)
+        until(lambda: stack.ask_prometheus('sum(up{job="realtime-ai-serve"})') == 4)
         print("scaled to 3 workers and 4 gateways, which Prometheus has found")
+        answers = let_the_demo_model_answer(stack)
         crashed += stack.crashed()
+        killed = stack.killed()
     print("down")
     if not good:
-        print("FAILED: a restart broke streams, or there were none")
+        print("FAILED: a restart broke streams, or none was handed over or resumed")
     if not seen:
         print("FAILED: the death of a gateway broke no plain stream, or a resumable one")
     if crashed:
         print(f"FAILED: containers of {crashed} ended by themselves")
-    return 0 if good and seen and not crashed else 1
+    if killed:
+        print(f"FAILED: containers of {killed} did not end when they were told to")
+    if not answers:
+        print("FAILED: the demo model does not say what it should")
+    return 0 if good and seen and answers and not crashed and not killed else 1
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import pytest
 from balancers import BALANCERS, Balancer
 from cluster import ROOT, Cluster
 from gateway_site import letters, until
+from required import needs
 from yarl import URL
 
 from realtime_serve import AsyncClient
@@ -44,8 +44,7 @@ class Front:
 def front(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Front]:
-    if not shutil.which(request.param):
-        pytest.skip(f"{request.param} is not installed")
+    needs(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:
         cluster = stack.enter_context(
@@ -145,8 +144,7 @@ async def test_without_a_gateway_it_says_so_as_one_would(front: Front) -> None:
 @pytest.mark.parametrize("kind", BALANCERS)
 async def test_a_gateway_killed_in_the_middle_of_200_streams(tmp_path: Path, kind: str) -> None:
     """Clients resume at the other one, and have every token once."""
-    if not shutil.which(kind):
-        pytest.skip(f"{kind} is not installed")
+    needs(kind)
     with Cluster(tmp_path, echo_step_ms=30, max_batch_size=256) as cluster, Lifeline() as lifeline:
         cluster.up(gateways=2, control=False)
         balancer = Balancer(kind, tmp_path, cluster.ports, lifeline)

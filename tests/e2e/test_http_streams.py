@@ -43,6 +43,35 @@ async def test_the_bytes_of_a_stream(redis_url: str) -> None:
         assert all(b"data: " in block for block in blocks)
 
 
+async def test_a_stream_waits_for_the_first_worker_of_its_model(redis_url: str) -> None:
+    """Scaled to nothing: it hears signs of life, can be asked for, is served or told in time."""
+    async with open_site(redis_url, keep_alive_s=0.05) as site:
+        worker = site.worker
+        worker.room, worker.beating = 0, False
+        await site.store.depart(worker.mv, worker.engine)
+        await until(lambda: _has_no_workers(site))
+        reader, writer = await raw_post(site, {**BODY, "max_tokens": 3})
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(2):
+            assert await read_chunk(reader) == b": keep-alive\n"
+        (flow,) = site.edge.flows
+        _, status, _ = await site.get(f"/requests/{flow.rid}")
+        assert (status["status"], status["position"]) == ("queued", 1)
+        late = await site.post("/infer_stream", {**BODY, "timeout_s": 0.2})
+        assert late[1][-1].data["error"]["code"] == "queue_timeout"
+        worker.room, worker.beating = 8, True
+        text = b""
+        while not text.endswith(b"[DONE]\n\n"):
+            text += await read_chunk(reader)
+        events = read_events(text.decode().replace(": keep-alive\n", ""))
+        assert "".join(event.data["text"] for event in events[:3]) == letters(5, 3)
+        writer.close()
+
+
+async def _has_no_workers(site: Site) -> bool:
+    return (await site.get("/status"))[1]["workers"] == []
+
+
 async def test_a_client_that_does_not_read_is_cut(redis_url: str) -> None:
     card = model_card(context=200_000)
     async with open_site(redis_url, card=card, slow_client_s=0.3, slow_client_events=16) as site:

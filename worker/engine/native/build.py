@@ -135,7 +135,7 @@ def main(folder: str) -> None:
     try:
         _refuse_other_machines()
     except NativeUnavailable as why:
-        print(f"no native backend: {why}")
+        sys.stdout.write(f"no native backend: {why}\n")
         return
     for level in LEVELS:
         library(level, Path(folder))
