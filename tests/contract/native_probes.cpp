@@ -1,4 +1,5 @@
 // Single kernels of the native backend, for tests/contract/test_native_kernels.py.
+#include <chrono>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -28,7 +29,7 @@ void multiply_probe(int rows, int inputs, int outputs, int gate_up, const T* a, 
     const int width = m.panels * PANEL;
     team.run([&](int thread) {
         Tiles tiles;
-        multiply(padded.data(), m.depth, rows, m, Share(m.panels, thread, team.size()),
+        multiply(team, thread, padded.data(), m.depth, rows, m,
                  [&](int p, int r, const float* values) {
                      for (int j = 0; j < PANEL; j++)
                          out[size_t(r) * width + p * PANEL + j] = values[j];
@@ -148,6 +149,31 @@ int64_t probe_choose(float* logits, int width, float temperature, float top_p, f
                            top_k,
                            uniform(uint64_t(seed), uint64_t(choice), uint64_t(position)),
                            {seen, ids, generated}});
+}
+
+// Whose thread did each of `count` jobs, in two rounds; the jobs of the last thread take 20 ms.
+// who: [2][count], of zeros; each job adds 100 and its thread's number.
+void probe_spread(int threads, int count, int32_t* who) {
+    Team team(threads);
+    team.run([&](int thread) {
+        for (int round = 0; round < 2; round++) {
+            team.spread(thread, count, [&](int i) {
+                if (thread == threads - 1)
+                    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+                who[round * count + i] += 100 + thread;
+            });
+            team.barrier();
+        }
+    });
+}
+
+// The best of panels that are looked at in the order of `panels`, by two who are merged.
+int64_t probe_best(const float* logits, int count, const int32_t* panels) {
+    Best best[2];
+    for (int i = 0; i < count; i++)
+        best[i % 2].look_at(logits + panels[i] * PANEL, panels[i] * PANEL);
+    best[0].merge(best[1]);
+    return best[0].failed ? -1 : best[0].id;
 }
 
 double probe_uniform(int64_t seed, int64_t choice, int64_t position) {

@@ -35,6 +35,7 @@ def level(request: pytest.FixtureRequest) -> str:
 def probes(level: str) -> ctypes.CDLL:
     code = ctypes.CDLL(str(native_library(level, extra=[PROBES])))
     code.probe_choose.restype = L
+    code.probe_best.restype = L
     code.probe_uniform.restype = ctypes.c_double
     assert code.probe_start() == 0
     return code
@@ -359,6 +360,31 @@ def test_the_most_likely_token_is_the_first_of_equals(probes: ctypes.CDLL) -> No
         broken[5] = bad
         assert choose(broken) == FAILED
     assert choose(torch.full((64,), -torch.inf)) == FAILED
+
+
+def test_the_most_likely_token_does_not_depend_on_the_order(probes: ctypes.CDLL) -> None:
+    """Threads look at the panels that they get to."""
+    logits = torch.round(randn(40 * 32) * 2)
+    want = int(logits.argmax())
+    assert (logits == logits.max()).sum() > 1, "there are equals"
+    for seed in range(20):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).int()
+        assert probes.probe_best(p(logits), 40, p(order)) == want
+    logits[7] = math.nan
+    assert probes.probe_best(p(logits), 40, p(order)) == -1
+
+
+@pytest.mark.parametrize(("threads", "count"), [(1, 5), (2, 1), (2, 40), (3, 41)])
+def test_threads_take_over_what_a_slow_one_has_not_begun(
+    probes: ctypes.CDLL, threads: int, count: int
+) -> None:
+    who = torch.zeros(2, count, dtype=torch.int32)
+    probes.probe_spread(threads, count, p(who))
+    assert bool(((who >= 100) & (who < 100 + threads)).all()), "each once"
+    if threads > 1 and count > 1:
+        slow = (who == 99 + threads).sum(dim=1)
+        assert bool((slow >= 1).all()), "it began with its own"
+        assert bool((slow <= 2).all()), "the others did the rest"
 
 
 def test_penalties(probes: ctypes.CDLL) -> None:

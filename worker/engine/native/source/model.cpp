@@ -321,13 +321,12 @@ class Decoder final : public Engine {
                      shape_.norm_eps, row(h_, i, width_));
         team_.barrier();
         Best* best = best_.data() + size_t(thread) * outs;
-        multiply(team_, thread, h_.data(), width_, outs, head_,
-                 [&](int p, int r, float* values) {
-                     if (shape_.logit_soft_cap) cap_logits(p, values);
-                     if (is_plain(s, r)) return best[r].look_at(values, p * PANEL);
-                     float* to = row(logits_, r, vocab_width_) + p * PANEL;
-                     for (int j = 0; j < PANEL; j += LANES) store(to + j, load(values + j));
-                 });
+        multiply(team_, thread, h_.data(), width_, outs, head_, [&](int p, int r, float* values) {
+            if (shape_.logit_soft_cap) cap_logits(p, values);
+            if (is_plain(s, r)) return best[r].look_at(values, p * PANEL);
+            float* to = row(logits_, r, vocab_width_) + p * PANEL;
+            for (int j = 0; j < PANEL; j += LANES) store(to + j, load(values + j));
+        });
     }
 
     template <class A>
@@ -343,14 +342,13 @@ class Decoder final : public Engine {
 
     // x += a W'. With `apart` the product is kept in y, to be normalized first.
     void add_product(const T* a, int stride, int rows, const Matrix<T>& m, int thread, bool apart) {
-        multiply(team_, thread, a, stride, rows, m,
-                 [&](int p, int r, const float* values) {
-                     float* to = row(apart ? y_ : x_, r, width_) + p * PANEL;
-                     if (apart)
-                         std::memcpy(to, values, PANEL * sizeof(float));
-                     else
-                         add_to(to, values, PANEL);
-                 });
+        multiply(team_, thread, a, stride, rows, m, [&](int p, int r, const float* values) {
+            float* to = row(apart ? y_ : x_, r, width_) + p * PANEL;
+            if (apart)
+                std::memcpy(to, values, PANEL * sizeof(float));
+            else
+                add_to(to, values, PANEL);
+        });
     }
 
     void add_normalized(Share own, const Array<float>& weight) {

@@ -78,18 +78,18 @@ class Team {
         }
     }
 
-    // Calls job(i) for each i of share(0), share(1), ..., a share for each thread, in whatever thread
-    // gets to it. Every thread calls this, and once between two barriers. It begins with its own
-    // share, and then takes of others' what they have not begun: one that another process keeps from
-    // its core would else hold up all.
+    // Calls job(i) for each i of share(0), share(1), ..., a share for each thread, in whatever
+    // thread gets to it. Every thread calls this, and once between two barriers. It begins with its
+    // own share, and then takes of others' what they have not begun: one that another process keeps
+    // from its core would else hold up all.
     template <class ShareOf, class Job>
     void spread(int thread, ShareOf share_of, Job job) {
         for (int i = 0; i < size(); i++) {
             const int whose = (thread + i) % size();
             const Share share = share_of(whose);
             while (true) {
-                const int at = share.first +
-                               taken_[whose].count.fetch_add(1, std::memory_order_relaxed);
+                const int at =
+                    share.first + taken_[whose].count.fetch_add(1, std::memory_order_relaxed);
                 if (at >= share.last) break;
                 job(at);
             }
