@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,11 +17,13 @@ torch = pytest.importorskip("torch")
 from tests.contract.models import VOCAB, expected, loaded, tiny_model  # noqa: E402
 from tests.contract.native import DATA_DIR, FOLDER, LEVELS  # noqa: E402
 from tests.contract.test_torch_engine import greedy, prompts, run  # noqa: E402
-from worker.engine import EngineError, EngineOptions, backends, cpu  # noqa: E402
+from worker.engine import EngineError, EngineOptions, backends, cpu, dense  # noqa: E402
 from worker.engine.backend import Batch  # noqa: E402
 from worker.engine.blocks import BLOCK_SIZE  # noqa: E402
 from worker.engine.cpu import CpuBackend  # noqa: E402
+from worker.engine.dense import Dense  # noqa: E402
 from worker.engine.interface import EngineRequest, SamplingParams  # noqa: E402
+from worker.engine.load_check import LoadCheck  # noqa: E402
 from worker.engine.native import build  # noqa: E402
 from worker.engine.native.build import NativeUnavailable, best_level, library  # noqa: E402
 from worker.engine.native.library import Part  # noqa: E402
@@ -94,12 +97,15 @@ def engine_of(model: Any, batch: int = 8, deterministic: bool = False, **more: A
     return engine
 
 
-def backend_of(model: Any, **more: Any) -> CpuBackend:
+def backend_of(model: Any, positions: int = 256, **more: Any) -> CpuBackend:
+    model = copy.deepcopy(model)
+    read = Dense(model, positions)
     return CpuBackend(
-        copy.deepcopy(model),
+        read.sizes,
+        read.weights(),
+        LoadCheck(model, read.sizes.vocab),
         lambda block_bytes: 24,
         **{
-            "positions": 256,
             "most_rows": 200,
             "most_outs": 200,
             "threads": 2,
@@ -370,17 +376,18 @@ def test_what_it_does_not_know_runs_through_the_reference(
         served_by(model, deterministic=True)
 
 
+class WronglyRead(Dense):
+    """A model of another norm than it has."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sizes = msgspec.structs.replace(self.sizes, norm_eps=0.5)
+
+
 def test_what_it_computes_wrongly_runs_through_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = cpu.Dense
-
-    def wrong(*args: Any) -> Any:
-        dense = original(*args)
-        dense.norm_eps = 0.5
-        return dense
-
-    monkeypatch.setattr(cpu, "Dense", wrong)
+    monkeypatch.setattr(dense, "Dense", WronglyRead)
     assert isinstance(served_by(model_of("llama")), ReferenceBackend)
     with pytest.raises(EngineError, match="are off by"):
         served_by(model_of("llama"), backend="cpu")

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 
-from worker.engine import EngineError, EngineOptions
+from worker.engine import EngineError, EngineOptions, recipe
 from worker.engine.backend import Backend
 from worker.engine.cpu import CpuBackend
-from worker.engine.load_check import refuse_by_config
-from worker.engine.loader import LoadedModel
+from worker.engine.decoder import Sizes, Weight
+from worker.engine.load_check import LoadCheck, refuse_by_config
+from worker.engine.loader import LoadedModel, load, locate
 from worker.engine.native.build import NativeUnavailable
-from worker.engine.reference import ReferenceBackend
+from worker.engine.recipe import Known
 
 log = logging.getLogger(__name__)
 
 
+def open_model(options: EngineOptions, device: torch.device) -> LoadedModel | Known:
+    """The model that the options name: what an earlier start learned of it, or all of it.
+
+    Raises:
+        ModelLoadError: there is no such model, or it is broken.
+    """
+    folder = locate(options.source, options.data_dir, options.progress)
+    if device.type == "cpu" and options.backend != "reference":
+        options.progress("preparing the native backend", 0.0)
+        with suppress(NativeUnavailable):
+            if (known := recipe.find(folder, options)) is not None:
+                return known
+    return load(folder, options.dtype, options.source, options.progress)
+
+
 def make_backend(
-    loaded: LoadedModel,
+    model: LoadedModel | Known,
     options: EngineOptions,
     size: Callable[[int], int],
     *,
@@ -29,7 +46,7 @@ def make_backend(
     """The fastest backend that computes a model rightly here.
 
     Args:
-        loaded: the model; a backend takes it over.
+        model: it; a backend takes it over.
         options: of the engine.
         size: from the bytes of one block of the cache to how many blocks are wanted.
         device: where it runs.
@@ -40,7 +57,12 @@ def make_backend(
         ModelLoadError: none computes the model rightly.
         MemoryError, torch.OutOfMemoryError: there is not enough.
     """
-    refuse_by_config(loaded.model)
+    if isinstance(model, Known):
+        options.progress("preparing the native backend", 0.0)
+        backend = _native(model.sizes, model.weights(), None, options, size, rows)
+        log.info("backend", extra={"backend": "cpu", "level": backend.level, "known": True})
+        return backend
+    refuse_by_config(model.model)
     why = ""
     if options.backend == "reference":
         why = "RTS_BACKEND=reference"
@@ -49,16 +71,7 @@ def make_backend(
     else:
         options.progress("preparing the native backend", 0.0)
         try:
-            backend = CpuBackend(
-                loaded.model,
-                size,
-                positions=loaded.files.context_length,
-                most_rows=rows,
-                most_outs=options.max_batch_size,
-                threads=options.threads,
-                exact=options.deterministic,
-                folder=options.data_dir / "native",
-            )
+            backend = _checked(model, options, size, rows)
         except NativeUnavailable as error:
             why = str(error)
         else:
@@ -69,4 +82,48 @@ def make_backend(
     if options.deterministic:
         raise EngineError(f"RTS_DETERMINISTIC needs the native CPU backend: {why}")
     log.info("backend", extra={"backend": "reference", "why": why})
-    return ReferenceBackend(loaded.model, device, size)
+    from worker.engine.reference import ReferenceBackend
+
+    return ReferenceBackend(model.model, device, size)
+
+
+def _checked(
+    loaded: LoadedModel, options: EngineOptions, size: Callable[[int], int], rows: int
+) -> CpuBackend:
+    """The native backend, once it has said what transformers says.
+
+    Raises:
+        NativeUnavailable: it cannot, or does not know such models.
+    """
+    from worker.engine.dense import Dense, NotDense
+
+    try:
+        dense = Dense(loaded.model, loaded.files.context_length)
+    except NotDense as why:
+        raise NativeUnavailable(str(why)) from why
+    weights = list(dense.weights())
+    check = LoadCheck(loaded.model, dense.sizes.vocab)
+    backend = _native(dense.sizes, weights, check, options, size, rows)
+    recipe.keep(loaded, options, dense.sizes, weights)
+    return backend
+
+
+def _native(
+    sizes: Sizes,
+    weights: Iterable[Weight],
+    check: LoadCheck | None,
+    options: EngineOptions,
+    size: Callable[[int], int],
+    rows: int,
+) -> CpuBackend:
+    return CpuBackend(
+        sizes,
+        weights,
+        check,
+        size,
+        most_rows=rows,
+        most_outs=options.max_batch_size,
+        threads=options.threads,
+        exact=options.deterministic,
+        folder=options.data_dir / "native",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from worker.engine.backend import Batch
 from worker.engine.blocks import BLOCK_SIZE
-from worker.engine.dense import Dense, NotDense
+from worker.engine.decoder import Sizes, Weight
 from worker.engine.load_check import CHECK_OUTS, LEAST_BLOCKS, LoadCheck
 from worker.engine.native.build import NativeUnavailable, best_level, library
 from worker.engine.native.library import BFLOAT16, FLOAT32, CLayer, CShape, CStep, Library
@@ -31,9 +31,9 @@ class CpuBackend:
     """A dense decoder in compiled code.
 
     Args:
-        model: a causal language model of transformers, on the CPU; its weights are copied.
+        sizes, weights: the decoder; its weights are copied.
+        check: what it must say; None if it is known that it does.
         size: from the bytes of one block to how many are wanted; at least LEAST_BLOCKS are made.
-        positions: longest context.
         most_rows: of a step. most_outs: rows of logits of a step.
         threads: 0 for one a processor that this process may use.
         exact: a row's result is the same in every batch and every piece of its prompt.
@@ -44,7 +44,7 @@ class CpuBackend:
         level: that is used.
 
     Raises:
-        NativeUnavailable: it cannot run here, does not know the model, or computes it wrongly.
+        NativeUnavailable: it cannot run here, or computes the model wrongly.
         MemoryError: there is not enough.
     """
 
@@ -52,10 +52,11 @@ class CpuBackend:
 
     def __init__(
         self,
-        model: Any,
+        sizes: Sizes,
+        weights: Iterable[Weight],
+        check: LoadCheck | None,
         size: Callable[[int], int],
         *,
-        positions: int,
         most_rows: int,
         most_outs: int,
         threads: int = 0,
@@ -65,48 +66,42 @@ class CpuBackend:
     ) -> None:
         self.level = level or best_level()
         code = Library(library(self.level, folder))
-        try:
-            dense = Dense(model, positions)
-        except NotDense as why:
-            raise NativeUnavailable(str(why)) from why
-        check = LoadCheck(model, dense.vocab_size)
-        self.vocab_size = dense.vocab_size
-        self.dtype = str(dense.dtype).removeprefix("torch.")
-        self.block_count = max(LEAST_BLOCKS, size(_block_bytes(dense)))
+        self.vocab_size = sizes.vocab
+        self.dtype = sizes.dtype
+        self.block_count = max(LEAST_BLOCKS, size(_block_bytes(sizes)))
         self.threads = threads or len(os.sched_getaffinity(0))
         self._outs = max(most_outs, CHECK_OUTS)
         shape = CShape(
-            dtype=BFLOAT16 if dense.dtype == torch.bfloat16 else FLOAT32,
-            activation=dense.activation,
-            layers=len(dense.layers),
-            hidden=dense.hidden,
-            heads=dense.heads,
-            kv_heads=dense.kv_heads,
-            head_size=dense.head_size,
-            ffn=dense.ffn,
-            vocab=dense.vocab_size,
-            rope_tables=dense.rope_tables,
-            positions=positions,
+            dtype=BFLOAT16 if sizes.dtype == "bfloat16" else FLOAT32,
+            activation=sizes.activation,
+            layers=len(sizes.layers),
+            hidden=sizes.hidden,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_size=sizes.head_size,
+            ffn=sizes.ffn,
+            vocab=sizes.vocab,
+            rope_tables=sizes.rope_tables,
+            positions=sizes.positions,
             blocks=self.block_count,
             most_rows=max(most_rows, CHECK_OUTS),
             most_outs=self._outs,
             threads=self.threads,
             exact=exact,
-            norm_eps=dense.norm_eps,
-            embedding_scale=dense.embedding_scale,
-            logit_soft_cap=dense.logit_soft_cap,
+            norm_eps=sizes.norm_eps,
+            embedding_scale=sizes.embedding_scale,
+            logit_soft_cap=sizes.logit_soft_cap,
         )
         layers = [
-            CLayer(table, layer.window, scale, layer.softcap)
-            for table, layer, scale in zip(dense.rope_of, dense.layers, dense.scales, strict=True)
+            CLayer(asks.rope_table, asks.window, asks.scale, asks.soft_cap) for asks in sizes.layers
         ]
         self._handle = code.create(shape, layers)
         try:
-            for weight in dense.weights():
-                tensor = weight.tensor
+            for weight in weights:
+                tensor = weight.tensor()
                 self._handle.set(weight.layer, weight.part, tensor.data_ptr(), tensor.numel())
             self._handle.complete()
-            if difference := check.difference(self):
+            if check is not None and (difference := check.difference(self)):
                 raise NativeUnavailable(difference)
         except BaseException:
             self._handle.close()
@@ -150,11 +145,11 @@ class CpuBackend:
         return values.view(self._outs, stride)[:rows, : self.vocab_size]
 
 
-def _block_bytes(dense: Dense) -> int:
+def _block_bytes(sizes: Sizes) -> int:
     """Bytes of one block over all layers; see native/source/cache.h."""
-    keys = -(-dense.head_size // _KEY_UNIT) * _KEY_UNIT
-    numbers = len(dense.layers) * dense.kv_heads * (keys + dense.head_size) * BLOCK_SIZE
-    return numbers * dense.dtype.itemsize
+    keys = -(-sizes.head_size // _KEY_UNIT) * _KEY_UNIT
+    numbers = len(sizes.layers) * sizes.kv_heads * (keys + sizes.head_size) * BLOCK_SIZE
+    return numbers * sizes.torch_dtype.itemsize
 
 
 def _step(batch: Batch) -> tuple[CStep, list[Any]]:

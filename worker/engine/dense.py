@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 from transformers import AttentionInterface
 
-from worker.engine.attention import NAME, Layer, LayerRecorder, paged_attention
+from worker.engine.attention import NAME, LayerRecorder, paged_attention
+from worker.engine.decoder import Asks, Sizes, Weight
 from worker.engine.native.library import Part
 
 
@@ -43,21 +44,6 @@ FAMILIES: Final = {
 _ACTIVATIONS: Final = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A part of the model.
-
-    Attributes:
-        layer: index of the layer or of the rotary table; -1 for others.
-        part: which.
-        tensor: contiguous, on the CPU; matrices in the model's dtype, others in float32.
-    """
-
-    layer: int
-    part: Part
-    tensor: torch.Tensor
-
-
 class Dense:
     """A model that the native backend can run.
 
@@ -66,9 +52,7 @@ class Dense:
         positions: longest context that is wanted.
 
     Attributes:
-        activation: of the gated feed-forward part, a number of api.h.
-        layers: what each asks of attention. scales: of each one's scores.
-        rope_of: each layer's rotary table. rope_tables: how many there are.
+        sizes: all about it but its weights.
 
     Raises:
         NotDense: it is of no family that is known here.
@@ -81,45 +65,53 @@ class Dense:
             raise NotDense(f"it does not know {config.model_type} models")
         self._family = FAMILIES[config.model_type]
         self._model = model
-        self.positions = positions
-        self.dtype: torch.dtype = model.dtype
-        self.vocab_size = int(model.lm_head.weight.shape[0])
-        self.hidden = int(config.hidden_size)
-        self.heads = int(config.num_attention_heads)
-        self.ffn = int(config.intermediate_size)
-        self.norm_eps = float(config.rms_norm_eps)
-        self.logit_soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self._dtype: torch.dtype = model.dtype
         scale = getattr(model.model.embed_tokens, "embed_scale", None)
-        self.embedding_scale = 1.0 if scale is None else float(scale.to(self.dtype))
         name = getattr(config, "hidden_activation", None) or config.hidden_act
         if name not in _ACTIVATIONS:
             raise NotDense(f"it does not know the activation {name}")
-        self.activation = _ACTIVATIONS[name]
-        if self.dtype not in (torch.bfloat16, torch.float32):
-            raise NotDense(f"it does not compute in {self.dtype}")
-        self._record()
-        first = self.layers[0]
-        self.head_size, self.kv_heads = first.key_dim, first.kv_heads
+        if self._dtype not in (torch.bfloat16, torch.float32):
+            raise NotDense(f"it does not compute in {self._dtype}")
+        recorder = self._record()
+        layers = [recorder.layers[i] for i in range(len(recorder.layers))]
+        head_size, kv_heads = layers[0].key_dim, layers[0].kv_heads
         if any(
-            (layer.key_dim, layer.value_dim, layer.kv_heads)
-            != (self.head_size, self.head_size, self.kv_heads)
-            for layer in self.layers
+            (layer.key_dim, layer.value_dim, layer.kv_heads) != (head_size, head_size, kv_heads)
+            for layer in layers
         ):
             raise NotDense("its heads differ in size")
-        if self.head_size % 16 or not 16 <= self.head_size <= 256:
-            raise NotDense(f"it does not know heads of size {self.head_size}")
+        if head_size % 16 or not 16 <= head_size <= 256:
+            raise NotDense(f"it does not know heads of size {head_size}")
         kinds = list(getattr(config, "layer_types", None) or [])
         # Gemma 3 has one table for each kind of layer.
         self._kinds = sorted(set(kinds)) if hasattr(self._rotary, "layer_types") else []
-        self.rope_of = [self._kinds.index(kind) for kind in kinds] if self._kinds else []
-        self.rope_of = self.rope_of or [0] * len(self.layers)
-        self.rope_tables = max(1, len(self._kinds))
+        table_of = [self._kinds.index(kind) for kind in kinds] if self._kinds else []
+        table_of = table_of or [0] * len(layers)
+        self.sizes = Sizes(
+            dtype=str(self._dtype).removeprefix("torch."),
+            positions=positions,
+            vocab=int(model.lm_head.weight.shape[0]),
+            hidden=int(config.hidden_size),
+            heads=int(config.num_attention_heads),
+            kv_heads=kv_heads,
+            head_size=head_size,
+            ffn=int(config.intermediate_size),
+            activation=_ACTIVATIONS[name],
+            norm_eps=float(config.rms_norm_eps),
+            embedding_scale=1.0 if scale is None else float(scale.to(self._dtype)),
+            logit_soft_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+            rope_tables=max(1, len(self._kinds)),
+            layers=[
+                Asks(table_of[i], layer.window, float(recorder.scales[i]), layer.softcap)
+                for i, layer in enumerate(layers)
+            ],
+        )
 
     @property
     def _rotary(self) -> Any:
         return self._model.model.rotary_emb
 
-    def _record(self) -> None:
+    def _record(self) -> LayerRecorder:
         """What the layers ask of attention, from a run of one token."""
         recorder = LayerRecorder()
         AttentionInterface.register(NAME, paged_attention)
@@ -132,20 +124,19 @@ class Dense:
         count = len(self._model.model.layers)
         if sorted(recorder.layers) != list(range(count)):
             raise NotDense(f"{len(recorder.layers)} of its {count} layers attend")
-        self.layers: list[Layer] = [recorder.layers[i] for i in range(count)]
-        self.scales = [recorder.scales[i] for i in range(count)]
+        return recorder
 
     def weights(self) -> Iterator[Weight]:
         """All parts, matrices before their biases."""
         for index, layer in enumerate(self._model.model.layers):
             yield from self._of_layer(index, layer)
-        yield Weight(-1, Part.EMBEDDING, self._matrix(self._model.model.embed_tokens.weight))
-        yield Weight(-1, Part.NORM_FINAL, self._norm(self._model.model.norm))
+        yield Weight(-1, Part.EMBEDDING, [self._model.model.embed_tokens.weight], self._dtype)
+        yield self._norm(-1, Part.NORM_FINAL, self._model.model.norm)
         yield from self._linear(-1, Part.HEAD, Part.HEAD_BIAS, [self._model.lm_head])
-        for index in range(self.rope_tables):
+        for index in range(self.sizes.rope_tables):
             cos, sin = self._rope(index)
-            yield Weight(index, Part.ROPE_COS, cos)
-            yield Weight(index, Part.ROPE_SIN, sin)
+            yield Weight(index, Part.ROPE_COS, [cos], torch.float32)
+            yield Weight(index, Part.ROPE_SIN, [sin], torch.float32)
 
     def _of_layer(self, index: int, layer: Any) -> Iterator[Weight]:
         attention, ffn = layer.self_attn, layer.mlp
@@ -160,7 +151,7 @@ class Dense:
         if getattr(attention, "q_norm", None) is not None:
             norms[Part.NORM_QUERY], norms[Part.NORM_KEY] = attention.q_norm, attention.k_norm
         for part, norm in norms.items():
-            yield Weight(index, part, self._norm(norm))
+            yield self._norm(index, part, norm)
         qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         yield from self._linear(index, Part.QKV, Part.QKV_BIAS, qkv)
         yield from self._linear(index, Part.OUT, Part.OUT_BIAS, [attention.o_proj])
@@ -171,33 +162,25 @@ class Dense:
 
     def _linear(self, layer: int, part: Part, bias: Part, modules: list[Any]) -> Iterator[Weight]:
         """One matrix of the outputs of several modules."""
-        matrices = [module.weight.detach() for module in modules]
-        yield Weight(
-            layer, part, self._matrix(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
-        )
-        biases = [module.bias for module in modules]
-        if any(one is not None for one in biases):
-            parts = [
-                torch.zeros(module.weight.shape[0]) if one is None else one.detach().float()
-                for module, one in zip(modules, biases, strict=True)
+        yield Weight(layer, part, [module.weight for module in modules], self._dtype)
+        if any(module.bias is not None for module in modules):
+            biases = [
+                module.weight.shape[0] if module.bias is None else module.bias for module in modules
             ]
-            yield Weight(layer, bias, torch.cat(parts))
+            yield Weight(layer, bias, biases, torch.float32)
 
-    def _matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(self.dtype).contiguous()
-
-    def _norm(self, module: Any) -> torch.Tensor:
-        weight: torch.Tensor = module.weight.detach().float()
-        return (weight + 1 if self._family.adds_one else weight).contiguous()
+    def _norm(self, layer: int, part: Part, module: Any) -> Weight:
+        plus = 1.0 if self._family.adds_one else 0.0
+        return Weight(layer, part, [module.weight], torch.float32, plus)
 
     def _rope(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [positions, head_size / 2], by transformers' own module."""
         # Its dtype is that of the result.
         like = torch.zeros(1, dtype=torch.float32)
-        positions = torch.arange(self.positions).unsqueeze(0)
+        positions = torch.arange(self.sizes.positions).unsqueeze(0)
         kind = [self._kinds[index]] if self._kinds else []
         with torch.inference_mode():
             tables = self._rotary(like, positions, *kind)
-        half = self.head_size // 2
+        half = self.sizes.head_size // 2
         cos, sin = (table[0, :, :half].contiguous() for table in tables)
         return cos, sin

@@ -57,25 +57,31 @@ class LoadedModel:
     Attributes:
         model: a transformers module for causal language modelling, on the CPU.
         files: what is published of it.
+        folder: where it is; None for one that was never in files.
     """
 
     model: torch.nn.Module
     files: ModelFiles
+    folder: Path | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """What its weights take."""
+        return sum(each.numel() * each.itemsize for each in self.model.parameters())
 
 
-def load(source: str, dtype: str, data_dir: Path, progress: Progress = no_progress) -> LoadedModel:
+def load(folder: Path, dtype: str, source: str, progress: Progress = no_progress) -> LoadedModel:
     """Loads a model and its tokenizer.
 
     Args:
-        source: a hub id (`name` or `owner/name`, `@revision` may follow), a folder, or a GGUF file.
+        folder: as `locate` found it.
+        source: how the user calls it.
         dtype: "bfloat16", "float32", or "auto": bfloat16 where the hardware computes in it.
-        data_dir: where a GGUF file's converted model is kept, under models/.
         progress: told how far it is.
 
     Raises:
-        ModelLoadError: there is no such model, or it is broken.
+        ModelLoadError: it is broken.
     """
-    folder = locate(source, data_dir, progress)
     progress("loading weights", 0.0)
     import torch
     from transformers import AutoModelForCausalLM
@@ -91,7 +97,7 @@ def load(source: str, dtype: str, data_dir: Path, progress: Progress = no_progre
         )
         files = _files(folder, model.config, model.generation_config)
     progress("loading weights", 1.0)
-    return LoadedModel(model, files)
+    return LoadedModel(model, files, folder)
 
 
 def describe(folder: Path) -> ModelFiles:
@@ -112,6 +118,11 @@ def describe(folder: Path) -> ModelFiles:
 
 def locate(source: str, data_dir: Path, progress: Progress = no_progress) -> Path:
     """The folder with a source's config, tokenizer and weights, fetched or converted if need be.
+
+    Args:
+        source: a hub id (`name` or `owner/name`, `@revision` may follow), a folder, or a GGUF file.
+        data_dir: where a GGUF file's converted model is kept, under models/.
+        progress: told how far it is.
 
     Raises:
         ModelLoadError: there is no such model.
@@ -253,7 +264,7 @@ def _files(folder: Path, config: Any, generation: Any) -> ModelFiles:
     if not context:
         raise ModelLoadError(f"{folder} does not say how long its context is")
     return ModelFiles(
-        version=_version(folder),
+        version=version_of(folder),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=template,
         context_length=int(context),
@@ -300,7 +311,7 @@ def _eos_ids(sources: list[Any], tokenizer: Any, template: str | None) -> tuple[
     return tuple(sorted(found))
 
 
-def _version(folder: Path) -> str:
+def version_of(folder: Path) -> str:
     """8 hex digits that change with the model's files."""
     digest = hashlib.sha256()
     for pattern in (*_OTHERS, *_WEIGHTS):

@@ -15,7 +15,7 @@ import torch
 
 from worker.engine import EngineError, EngineOptions
 from worker.engine.backend import Backend, Batch
-from worker.engine.backends import make_backend
+from worker.engine.backends import make_backend, open_model
 from worker.engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
 from worker.engine.history import History
 from worker.engine.interface import (
@@ -26,7 +26,7 @@ from worker.engine.interface import (
     StepOutput,
 )
 from worker.engine.load_check import LEAST_BLOCKS
-from worker.engine.loader import LoadedModel, load
+from worker.engine.loader import LoadedModel
 from worker.engine.memory import free_bytes
 from worker.engine.sampler import FAILED, Draw
 from worker.engine.scheduler import Scheduler, Work
@@ -72,21 +72,19 @@ class TorchEngine:
         """
         if options.threads:
             torch.set_num_threads(options.threads)
-        if loaded is None:
-            loaded = load(options.source, options.dtype, options.data_dir, options.progress)
-        files = loaded.files
-        most = blocks_for(files.context_length) * options.max_batch_size
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        model = loaded or open_model(options, device)
+        files = model.files
+        most = blocks_for(files.context_length) * options.max_batch_size
         if blocks:
             size: Callable[[int], int] = lambda block_bytes: blocks  # noqa: E731
         else:
-            weights = sum(each.numel() * each.itemsize for each in loaded.model.parameters())
             context = blocks_for(files.context_length)
-            size = _cache_size(options.kv_cache_mb, most, context, weights, device)
+            size = _cache_size(options.kv_cache_mb, most, context, model.weights_bytes, device)
         # A full batch that generates must leave room in the step for prompts.
         rows = max(step_rows, options.max_batch_size + step_rows // 2)
         try:
-            self._backend: Backend = make_backend(loaded, options, size, device=device, rows=rows)
+            self._backend: Backend = make_backend(model, options, size, device=device, rows=rows)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise EngineError(
                 f"the memory of {device} does not hold the model and its KV cache; a smaller "
