@@ -151,20 +151,25 @@ int64_t probe_choose(float* logits, int width, float temperature, float top_p, f
                            {seen, ids, generated}});
 }
 
-// Whose thread did each of `count` jobs, in two rounds; the jobs of the last thread take 20 ms.
-// who: [2][count], of zeros; each job adds 100 and its thread's number.
-void probe_spread(int threads, int count, int32_t* who) {
+// Whose thread did each of `count` jobs, in two runs of two rounds each; the jobs of the last
+// thread take 100 ms. In the second run the caller may be alone. who: [4][count], of zeros; each
+// job adds 100 and its thread's number.
+void probe_spread(int threads, int count, int alone, int32_t* who) {
     Team team(threads);
-    team.run([&](int thread) {
-        for (int round = 0; round < 2; round++) {
-            team.spread(thread, count, [&](int i) {
-                if (thread == threads - 1)
-                    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-                who[round * count + i] += 100 + thread;
-            });
-            team.barrier();
-        }
-    });
+    for (int run = 0; run < 2; run++) {
+        team.set_alone(run == 1 && alone);
+        team.run([&](int thread) {
+            for (int round = 2 * run; round < 2 * run + 2; round++) {
+                const auto share_of = [&](int whose) { return Share(count, whose, team.size()); };
+                team.spread(thread, share_of, [&](int i, Share) {
+                    if (thread > 0 && thread == threads - 1)
+                        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+                    who[round * count + i] += 100 + thread;
+                });
+                if (round == 2 * run) team.barrier();
+            }
+        });
+    }
 }
 
 // The best of panels that are looked at in the order of `panels`, by two who are merged.

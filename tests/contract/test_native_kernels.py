@@ -374,12 +374,13 @@ def test_the_most_likely_token_does_not_depend_on_the_order(probes: ctypes.CDLL)
     assert probes.probe_best(p(logits), 40, p(order)) == -1
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize(("threads", "count"), [(1, 5), (2, 1), (2, 40), (3, 41)])
 def test_threads_take_over_what_a_slow_one_has_not_begun(
-    probes: ctypes.CDLL, threads: int, count: int
+    probes: ctypes.CDLL, threads: int, count: int, alone: bool
 ) -> None:
-    who = torch.zeros(2, count, dtype=torch.int32)
-    probes.probe_spread(threads, count, p(who))
+    who = torch.zeros(4, count, dtype=torch.int32)
+    probes.probe_spread(threads, count, alone, p(who))
     assert bool(((who >= 100) & (who < 100 + threads)).all()), "each once"
     if threads > 1 and count > 1:
         # All of its share would be a half or a third of them.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from tests.contract.models import save, tiny_model  # noqa: E402
 from tests.contract.native import FOLDER, LEVELS  # noqa: E402
 from tests.contract.test_native_engine import WronglyRead  # noqa: E402
 from tests.contract.test_torch_engine import greedy, prompts, run  # noqa: E402
-from worker.engine import EngineOptions, backends, dense, recipe  # noqa: E402
+from worker.engine import EngineOptions, backends, dense, recipe, torch_engine  # noqa: E402
 from worker.engine.interface import EngineRequest  # noqa: E402
-from worker.engine.loader import load  # noqa: E402
+from worker.engine.loader import LoadedModel, load  # noqa: E402
+from worker.engine.native.build import NativeUnavailable  # noqa: E402
 from worker.engine.recipe import Known  # noqa: E402
 from worker.engine.torch_engine import TorchEngine  # noqa: E402
 
@@ -60,12 +63,19 @@ def options(tmp_path: Path) -> EngineOptions:
 
 
 def start(options: EngineOptions) -> tuple[bool, list[int]]:
-    """Whether the model was known, and what the engine says."""
-    was_known = isinstance(backends.open_model(options, torch.device("cpu")), Known)
-    engine = TorchEngine(options)
+    """Whether the model was known, so that transformers did not load it, and what is said."""
+    with pytest.MonkeyPatch.context() as patch:
+        loads: list[Path] = []
+
+        def counted(folder: Path, *more: Any) -> LoadedModel:
+            loads.append(folder)
+            return load(folder, *more)
+
+        patch.setattr(backends, "load", counted)
+        engine = TorchEngine(options)
     said = run(engine, [EngineRequest("a", prompts(1)[4], greedy(12))])["a"]
     engine.close()
-    return was_known, said
+    return not loads, said
 
 
 def recipes(options: EngineOptions) -> list[Path]:
@@ -110,12 +120,12 @@ def test_what_has_changed_is_learned_anew(
     assert not start(replace(options, deterministic=True))[0]
     assert start(replace(options, deterministic=True)) == (True, said)
     assert start(options)[0]
-    # The program; what the last one knew is not kept.
+    # The program. While a cluster rolls, both are in use.
     assert len(recipes(options)) == 2
-    monkeypatch.setattr(recipe, "_code", lambda: "another")
+    monkeypatch.setattr(recipe, "_code", lambda: b"another")
     assert start(options) == (False, said)
     assert start(options) == (True, said)
-    assert len(recipes(options)) == 2
+    assert len(recipes(options)) == 3
     # The weights.
     save(tiny_model("llama", head_dim=16, initializer_range=0.2), folder)
     known, other = start(options)
@@ -168,6 +178,73 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(options: EngineOpt
     (options.data_dir / "recipes").write_text("no folder")
     _, said = start(options)
     assert start(options) == (False, said)
+
+
+def test_a_file_in_another_dtype_is_rounded_as_transformers_rounds_it(
+    options: EngineOptions,
+) -> None:
+    save(tiny_model("gemma2"), Path(options.source))
+    options = replace(options, dtype="bfloat16")
+    _, said = start(options)
+    assert start(options) == (True, said)
+
+
+def test_of_two_files_with_the_same_names_nothing_is_kept(options: EngineOptions) -> None:
+    folder = Path(options.source)
+    save(tiny_model("llama", head_dim=16), folder)
+    (folder / "model.fp16.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    _, said = start(options)
+    assert recipes(options) == []
+    assert start(options) == (False, said)
+
+
+@pytest.mark.parametrize("error", [NativeUnavailable("it cannot be loaded"), OSError("gone")])
+def test_what_fails_with_a_known_model_is_done_the_long_way(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save(tiny_model("llama", head_dim=16), Path(options.source))
+    _, said = start(options)
+
+    def broken(self: Known) -> None:
+        raise error
+
+    monkeypatch.setattr(Known, "weights", broken)
+    assert start(options) == (False, said)
+
+
+def test_the_context_does_not_depend_on_what_is_known(options: EngineOptions) -> None:
+    """It is part of the model's version: streams go from one worker to another of the same."""
+    save(tiny_model("llama", head_dim=16, max_position_embeddings=4096), Path(options.source))
+    options = replace(options, kv_cache_mb=0)
+    with pytest.MonkeyPatch.context() as patch:
+        # Loaded weights take memory.
+        free = iter([3 << 20, 1 << 20])
+        patch.setattr(torch_engine, "free_bytes", lambda: next(free))
+        first = TorchEngine(options)
+        patch.setattr(torch_engine, "free_bytes", lambda: 3 << 20)
+        again = TorchEngine(options)
+    assert first.info.context_length < 4096
+    assert first.files == again.files
+    first.close()
+    again.close()
+
+
+def test_what_no_start_has_used_for_long_is_removed(options: EngineOptions) -> None:
+    save(tiny_model("llama", head_dim=16), Path(options.source))
+    start(options)
+    (old,) = recipes(options)
+    left_over = old.parent / ".broken-off"
+    left_over.mkdir()
+    long_ago = time.time() - 31 * 86400
+    for place in (old, left_over):
+        os.utime(place, (long_ago, long_ago))
+    assert start(options)[0]
+    assert time.time() - old.stat().st_mtime < 60, "it is in use"
+    start(replace(options, deterministic=True))
+    assert old.exists()
+    assert not left_over.exists()
+    for file in old.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o644, "others may read it"
 
 
 def test_the_reference_knows_nothing(options: EngineOptions) -> None:

@@ -541,10 +541,9 @@ def test_the_cache_is_chosen_by_free_memory_and_what_it_shortens_is_told(
     ],
 )
 def test_a_cache_is_as_large_as_the_weights_within_bounds(
-    monkeypatch: pytest.MonkeyPatch, weights: int, context: int, free: int, megabytes: int
+    weights: int, context: int, free: int, megabytes: int
 ) -> None:
-    monkeypatch.setattr(torch_engine, "free_bytes", lambda: free)
-    size = torch_engine._cache_size(0, 10**6, context, weights, torch.device("cpu"))
+    size = torch_engine._cache_size(0, 10**6, context, weights, torch.device("cpu"), free)
     # Blocks of a MiB.
     assert size(1 << 20) == megabytes
 

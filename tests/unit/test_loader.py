@@ -89,9 +89,9 @@ def test_the_version_changes_with_the_files(tmp_path: Path) -> None:
         ("other.safetensors", "1235"),
     ):
         (tmp_path / name).write_text(content)
-        versions.add(loader._version(tmp_path))
+        versions.add(loader.version_of(tmp_path))
     (tmp_path / "README.md").write_text("irrelevant")
-    assert loader._version(tmp_path) in versions
+    assert loader.version_of(tmp_path) in versions
     assert len(versions) == 12
     assert all(len(version) == 8 and int(version, 16) >= 0 for version in versions)
 
@@ -102,10 +102,10 @@ def test_the_version_changes_with_the_weights_of_a_fine_tuned_model(
 ) -> None:
     weights = bytearray(1_000_000)
     (tmp_path / "model.safetensors").write_bytes(weights)
-    before = loader._version(tmp_path)
+    before = loader.version_of(tmp_path)
     weights[at] = 1
     (tmp_path / "model.safetensors").write_bytes(weights)
-    assert loader._version(tmp_path) != before
+    assert loader.version_of(tmp_path) != before
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,7 @@ def test_a_folder_gives_what_gateways_need(tmp_path: Path) -> None:
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     told: list[tuple[str, float]] = []
-    got = loader.load(
-        str(tmp_path), "bfloat16", tmp_path, lambda what, share: told.append((what, share))
-    )
+    got = loader.load(tmp_path, "bfloat16", "it", lambda what, share: told.append((what, share)))
     assert next(got.model.parameters()).dtype == torch.bfloat16
     assert got.files.eos_ids == (3, 4, 256)
     assert (got.files.bos_token, got.files.eos_token) == ("", END_TOKEN)

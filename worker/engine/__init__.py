@@ -58,7 +58,7 @@ class EngineOptions:
             is smaller than the model's context shortens the context.
         threads: compute threads on a CPU; 0 leaves torch's choice.
         prefix_cache: whether sequences share what their beginnings have in common.
-        data_dir: where converted models are kept.
+        data_dir: for converted models, compiled code, and what starts learn of models.
         progress: told about slow parts of the start.
     """
 

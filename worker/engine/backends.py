@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -29,9 +28,8 @@ def open_model(options: EngineOptions, device: torch.device) -> LoadedModel | Kn
     folder = locate(options.source, options.data_dir, options.progress)
     if device.type == "cpu" and options.backend != "reference":
         options.progress("preparing the native backend", 0.0)
-        with suppress(NativeUnavailable):
-            if (known := recipe.find(folder, options)) is not None:
-                return known
+        if (known := recipe.find(folder, options)) is not None:
+            return known
     return load(folder, options.dtype, options.source, options.progress)
 
 
@@ -58,10 +56,16 @@ def make_backend(
         MemoryError, torch.OutOfMemoryError: there is not enough.
     """
     if isinstance(model, Known):
-        options.progress("preparing the native backend", 0.0)
-        backend = _native(model.sizes, model.weights(), None, options, size, rows)
-        log.info("backend", extra={"backend": "cpu", "level": backend.level, "known": True})
-        return backend
+        try:
+            backend = _native(model.sizes, model.weights(), None, options, size, rows)
+        except (EngineError, MemoryError):
+            raise
+        except Exception as error:
+            log.warning(f"what is known of {model.folder} is of no use: {error}")
+            model = load(model.folder, options.dtype, options.source, options.progress)
+        else:
+            log.info("backend", extra={"backend": "cpu", "level": backend.level, "known": True})
+            return backend
     refuse_by_config(model.model)
     why = ""
     if options.backend == "reference":
@@ -118,7 +122,7 @@ def _native(
 ) -> CpuBackend:
     return CpuBackend(
         sizes,
-        weights,
+        _told(weights, len(sizes.layers), options),
         check,
         size,
         most_rows=rows,
@@ -127,3 +131,11 @@ def _native(
         exact=options.deterministic,
         folder=options.data_dir / "native",
     )
+
+
+def _told(weights: Iterable[Weight], layers: int, options: EngineOptions) -> Iterator[Weight]:
+    """The weights, while somebody hears how far it is."""
+    for weight in weights:
+        options.progress("packing weights", max(0, weight.layer) / layers)
+        yield weight
+    options.progress("packing weights", 1.0)

@@ -12,30 +12,34 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
+import os
 import shutil
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from worker.engine import EngineOptions, ModelFiles
 from worker.engine.decoder import Sizes, Weight
 from worker.engine.loader import LoadedModel, best_dtype, version_of
-from worker.engine.native.build import best_level, library
+from worker.engine.native.build import best_level, built_library
 from worker.engine.native.library import Part
 
 log = logging.getLogger(__name__)
 
 _RECIPE: Final = "recipe.json"
 _TABLES: Final = "tables.safetensors"
-_SOURCES: Final = ("decoder.py", "dense.py", "loader.py", "load_check.py", "recipe.py", "cpu.py")
-"""Code that decides what is in a recipe, or whether it may be relied on; in this folder."""
+_UNUSED_S: Final = 30 * 86400
+"""A recipe that no start has used for so long is removed. Not sooner: while a cluster rolls, two
+programs may have a folder in common."""
 
 
 class Ingredient(msgspec.Struct, frozen=True):
@@ -69,7 +73,7 @@ class Known:
     """A model whose recipe there is.
 
     Attributes:
-        files, weights_bytes, sizes: see `Recipe`.
+        files, weights_bytes, sizes: see `Recipe`. folder: of the model.
     """
 
     def __init__(self, folder: Path, place: Path) -> None:
@@ -82,12 +86,12 @@ class Known:
         Raises:
             Exception: something is missing or broken.
         """
+        self.folder = folder
         recipe = msgspec.json.decode((place / _RECIPE).read_bytes(), type=Recipe)
         self.files, self.sizes = recipe.files, recipe.sizes
         self.weights_bytes = recipe.weights_bytes
         self._ingredients = recipe.ingredients
-        # Open from now on: another start may put another recipe in its place.
-        self._tensors = _Tensors([*folder.glob("*.safetensors"), place / _TABLES])
+        self._tensors = _Tensors([*_files(folder), place / _TABLES])
         names = {name for each in self._ingredients for name in each.names if isinstance(name, str)}
         if missing := names - self._tensors.keys():
             raise KeyError(f"no {missing.pop()}")
@@ -95,23 +99,22 @@ class Known:
     def weights(self) -> Iterator[Weight]:
         """The decoder's parts, read as they are asked for; once."""
         with self._tensors as tensors:
-            yield from _mixed(self._ingredients, tensors)
+            yield from _mixed(self._ingredients, tensors, self.sizes.torch_dtype)
 
 
 def find(folder: Path, options: EngineOptions) -> Known | None:
-    """What is known of the model in a folder, for the native backend; None: nothing of use.
-
-    Raises:
-        NativeUnavailable: that backend cannot run here.
-    """
-    place = _place(options, version_of(folder))
-    if not place.is_dir():
-        return None
+    """What is known of the model in a folder, for the native backend; None: nothing of use."""
     try:
-        return Known(folder, place)
+        place = _place(options, version_of(folder))
+        if place is None or not place.is_dir():
+            return None
+        known = Known(folder, place)
+        with suppress(OSError):
+            os.utime(place)
     except Exception as error:
-        log.warning(f"{place} is of no use: {error}")
+        log.warning(f"what is known of {folder} is of no use: {error}")
         return None
+    return known
 
 
 def keep(
@@ -128,24 +131,35 @@ def keep(
     folder = loaded.folder
     if folder is None:
         return
-    place = _place(options, loaded.files.version)
     try:
+        place = _place(options, loaded.files.version)
+        assert place is not None, "the library computed just now"
         place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unused(place.parent)
         with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
             made = Path(scratch) / place.name
             made.mkdir()
-            ingredients = _written(made, folder, loaded.model, weights)
+            ingredients = _written(made, folder, loaded.model, sizes, weights)
             recipe = Recipe(loaded.files, loaded.weights_bytes, sizes, ingredients)
             (made / _RECIPE).write_bytes(msgspec.json.encode(recipe))
-            for old in place.parent.glob(f"{place.name.rpartition('-')[0]}-*"):
-                shutil.rmtree(old)
+            for file in made.iterdir():
+                file.chmod(0o644)
+            # What is there is broken, or of a start at the same time, which is as good.
+            shutil.rmtree(place, ignore_errors=True)
             made.rename(place)
-    except (KeyError, OSError, SafetensorError) as error:
+    except Exception as error:
         log.info("the next start will check the model again", extra={"why": str(error)})
 
 
+def _remove_unused(recipes: Path) -> None:
+    for place in recipes.iterdir():
+        with suppress(OSError):
+            if time.time() - place.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(place, ignore_errors=True)
+
+
 def _written(
-    made: Path, folder: Path, model: torch.nn.Module, weights: Sequence[Weight]
+    made: Path, folder: Path, model: torch.nn.Module, sizes: Sizes, weights: Sequence[Weight]
 ) -> list[Ingredient]:
     """Writes what is in no file of the model into a folder; what the weights are made of then.
 
@@ -153,47 +167,58 @@ def _written(
         KeyError: they cannot be made of that.
     """
     tables: dict[str, torch.Tensor] = {}
-    with _Tensors(folder.glob("*.safetensors")) as tensors:
+    with _Tensors(_files(folder)) as tensors:
         names = _names(model, tensors)
     ingredients = [_ingredient(weight, names, tables) for weight in weights]
     save_file(tables, made / _TABLES)
-    with _Tensors([*folder.glob("*.safetensors"), made / _TABLES]) as tensors:
-        for weight, again in zip(weights, _mixed(ingredients, tensors), strict=True):
-            if not torch.equal(weight.tensor(), again.tensor()):
+    with _Tensors([*_files(folder), made / _TABLES]) as tensors:
+        again = _mixed(ingredients, tensors, sizes.torch_dtype)
+        for weight, other in zip(weights, again, strict=True):
+            if not torch.equal(weight.tensor(), other.tensor()):
                 raise KeyError(f"{weight.part.name} is not what its file says")
     return ingredients
 
 
-def _place(options: EngineOptions, version: str) -> Path:
-    """Where a recipe is, or would be; those of other programs differ only behind the last dash."""
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _place(options: EngineOptions, version: str) -> Path | None:
+    """Where a recipe is, or would be; None where nothing is compiled yet."""
     level = best_level()
-    digest = hashlib.sha256((_code() + library(level, options.data_dir / "native").name).encode())
+    code = built_library(level, options.data_dir / "native")
+    if code is None:
+        return None
     dtype = options.dtype if options.dtype != "auto" else best_dtype()
     kind = "exact" if options.deterministic else "fast"
-    name = f"{version}-{dtype}-{level}-{kind}-{digest.hexdigest()[:16]}"
-    return options.data_dir / "recipes" / name
+    digest = hashlib.sha256(_code() + code.read_bytes()).hexdigest()[:16]
+    return options.data_dir / "recipes" / f"{version}-{dtype}-{level}-{kind}-{digest}"
 
 
 @functools.cache
-def _code() -> str:
+def _code() -> bytes:
     """Changes with our code and with the packages that read models."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
     for package in ("transformers", "tokenizers", "safetensors", "torch"):
         digest.update(importlib.metadata.version(package).encode())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of some files, by name, read one by one."""
+    """The tensors of some files, by name, read one by one; without those that two files have."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
-        for path in paths:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-            self._file_of |= dict.fromkeys(file.keys(), file)
+        files = [self._stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        count = Counter(name for file in files for name in file.keys())  # noqa: SIM118  (no dict)
+        self._file_of: dict[str, Any] = {
+            name: file
+            for file in files
+            for name in file.keys()  # noqa: SIM118
+            if count[name] == 1
+        }
 
     def __enter__(self) -> _Tensors:
         return self
@@ -240,8 +265,16 @@ def _ingredient(
     return Ingredient(weight.layer, weight.part, found, dtype, weight.plus)
 
 
-def _mixed(ingredients: Iterable[Ingredient], tensors: _Tensors) -> Iterator[Weight]:
+def _mixed(
+    ingredients: Iterable[Ingredient], tensors: _Tensors, dtype: torch.dtype
+) -> Iterator[Weight]:
+    """The weights; what is the model's own is rounded to its dtype first, as transformers does."""
     for each in ingredients:
-        sources = [name if isinstance(name, int) else tensors[name] for name in each.names]
-        dtype: torch.dtype = getattr(torch, each.dtype)
-        yield Weight(each.layer, each.part, sources, dtype, each.plus)
+        is_table = each.part in (Part.ROPE_COS, Part.ROPE_SIN)
+        sources: list[torch.Tensor | int] = []
+        for name in each.names:
+            if isinstance(name, int):
+                sources.append(name)
+            else:
+                sources.append(tensors[name] if is_table else tensors[name].to(dtype))
+        yield Weight(each.layer, each.part, sources, getattr(torch, each.dtype), each.plus)

@@ -83,18 +83,25 @@ def library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path:
     Raises:
         NativeUnavailable: there is no compiler, or it fails.
     """
-    flags = [*_COMMON, *LEVELS[level], f"-I{SOURCE}"]
+    if (there := built_library(level, folder, extra)) is not None:
+        return there
+    path = folder / _name(level, extra)
     sources = [*sorted(SOURCE.glob("*.cpp")), *extra]
+    _compile(_compiler(), [*_COMMON, *LEVELS[level], f"-I{SOURCE}", *map(str, sources)], path)
+    return path
+
+
+def built_library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path | None:
+    """The same if it has been compiled, else None."""
+    name = _name(level, extra)
+    return next((there / name for there in (BUILT, folder) if (there / name).is_file()), None)
+
+
+def _name(level: str, extra: Sequence[Path]) -> str:
     digest = hashlib.sha256(" ".join([*_COMMON, *LEVELS[level]]).encode())
     for path in [*sorted(SOURCE.iterdir()), *extra]:
         digest.update(path.name.encode() + path.read_bytes())
-    name = f"native-{level}-{digest.hexdigest()[:16]}.so"
-    if (BUILT / name).is_file():
-        return BUILT / name
-    path = folder / name
-    if not path.is_file():
-        _compile(_compiler(), [*flags, *map(str, sources)], path)
-    return path
+    return f"native-{level}-{digest.hexdigest()[:16]}.so"
 
 
 def _compiler() -> str:

@@ -123,10 +123,16 @@ template <class T, class Use>
 void multiply(Team& team, int thread, const T* a, size_t stride, int rows, const Matrix<T>& m,
               Use use) {
     const int most = block_rows<T>(m.depth), blocks = (rows + most - 1) / most;
-    team.spread(thread, blocks * m.panels, [&](int at) {
+    const auto share_of = [&](int whose) {
+        const Share panels(m.panels, whose, team.size());
+        return Share(panels.first * blocks, panels.last * blocks);
+    };
+    team.spread(thread, share_of, [&](int at, Share share) {
         alignas(64) float out[32 * PANEL];
-        const int block = at / m.panels * most, end = std::min(rows, block + most);
-        const int p = at % m.panels;
+        // All panels of a share for one block of rows, then for the next.
+        const int panels = (share.last - share.first) / blocks, i = at - share.first;
+        const int p = share.first / blocks + i % panels;
+        const int block = i / panels * most, end = std::min(rows, block + most);
         for (int r = block; r < end; r += 32) {
             const int count = std::min(32, end - r);
             multiply_block<T>(count, a + r * stride, stride, m.panel(p), m.depth, out, r == block);

@@ -293,7 +293,7 @@ class Decoder final : public Engine {
             team_.barrier();
             team_.spread(
                 thread, [&](int whose) { return Share(shares_[whose], shares_[whose + 1]); },
-                [&](int p) { attend(s, i, pieces_[p], thread); });
+                [&](int p, Share) { attend(s, i, pieces_[p], thread); });
             team_.barrier();
             add_product(attention_.data(), attention_width_, rows, l.out, thread,
                         !l.norm_attention_out.empty());

@@ -78,28 +78,22 @@ class Team {
         }
     }
 
-    // Calls job(i) for each i of share(0), share(1), ..., a share for each thread, in whatever
-    // thread gets to it. Every thread calls this, and once between two barriers. It begins with its
-    // own share, and then takes of others' what they have not begun: one that another process keeps
-    // from its core would else hold up all.
+    // Calls job(i, share) for each i of share_of(0), share_of(1), ..., a share for each thread, in
+    // whatever thread gets to it. Every thread calls this, and once between two barriers. It begins
+    // with its own share, and then takes of others' what they have not begun: one that another
+    // process keeps from its core would else hold up all.
     template <class ShareOf, class Job>
     void spread(int thread, ShareOf share_of, Job job) {
         for (int i = 0; i < size(); i++) {
             const int whose = (thread + i) % size();
             const Share share = share_of(whose);
-            while (true) {
-                const int at =
-                    share.first + taken_[whose].count.fetch_add(1, std::memory_order_relaxed);
-                if (at >= share.last) break;
-                job(at);
+            auto& count = taken_[whose].count;
+            // Looked at before it is written to, or threads that are done would fight for it.
+            while (share.first + count.load(std::memory_order_relaxed) < share.last) {
+                const int at = share.first + count.fetch_add(1, std::memory_order_relaxed);
+                if (at < share.last) job(at, share);
             }
         }
-    }
-
-    // The same, of 0 .. count - 1 in equal shares.
-    template <class Job>
-    void spread(int thread, int count, Job job) {
-        spread(thread, [&](int whose) { return Share(count, whose, size()); }, job);
     }
 
  private:
@@ -113,7 +107,9 @@ class Team {
     static constexpr int SPINS_BEFORE_SLEEP = 2000;
 
     void forget_taken() {
-        for (auto& taken : taken_) taken.count.store(0, std::memory_order_relaxed);
+        for (auto& taken : taken_)
+            if (taken.count.load(std::memory_order_relaxed))
+                taken.count.store(0, std::memory_order_relaxed);
     }
 
     void start() {
