@@ -15,9 +15,11 @@ BENCH_ARGS ?=
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
 
-test: env-dev ## run all tests (under 10 minutes)
+# Whole clusters have the machine for themselves: what is measured there are times.
+test: env-dev ## run all tests (a quarter of an hour)
 	@$(PYTHON) -m realtime_serve.demo_model
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/unit tests/contract tests/deploy -n 2 $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/e2e tests/chaos $(PYTEST_ARGS)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
 	@$(PYTHON) -m pytest tests/unit -m "not torch" -n 2 $(PYTEST_ARGS)
