@@ -13,7 +13,7 @@ _SCHEMES = ("redis://", "rediss://", "unix://", *_SENTINEL_SCHEMES)
 _SENTINEL_PORT = 26379
 _SENTINEL_FORM = (
     "sentinel:// or sentinels://, then [user:password@]host[:port][,host[:port]...]"
-    "/<master name>[/<db>][?sentinel_password=...]"
+    "/<master name>[/<db>][?sentinel_username=...&sentinel_password=...]"
 )
 _SENTINEL_URL = re.compile(
     r"sentinel(?P<tls>s?)://((?P<user>[^:@/?#]*)(:(?P<password>[^@/?#]*))?@)?(?P<hosts>[^@/?#]+)"
@@ -46,7 +46,7 @@ class SentinelUrl:
     Attributes:
         sentinels: host and port of each. master: what they call the server.
         db: the database. username, password: of the server, whichever it is at the time.
-        sentinel_password: of the sentinels themselves.
+        sentinel_username, sentinel_password: of the sentinels themselves.
         tls: of both; None: without.
     """
 
@@ -55,6 +55,7 @@ class SentinelUrl:
     db: int = 0
     username: str = ""
     password: str = field(default="", repr=False)
+    sentinel_username: str = ""
     sentinel_password: str = field(default="", repr=False)
     tls: TlsFiles | None = None
 
@@ -88,7 +89,8 @@ def parse_sentinel(url: str) -> SentinelUrl:
     if not all(0 < port < 65536 for _, port in sentinels):
         raise ValueError("a sentinel's port must be from 1 to 65535")
     options = dict(_options(found["options"] or ""))
-    _refuse_options(options, {"sentinel_password", *(_TLS if found["tls"] else ())})
+    known = {"sentinel_username", "sentinel_password", *(_TLS if found["tls"] else ())}
+    _refuse_options(options, known)
     texts = (found[name] or "" for name in ("master", "user", "password"))
     master, user, password = map(urllib.parse.unquote, texts)
     return SentinelUrl(
@@ -97,6 +99,7 @@ def parse_sentinel(url: str) -> SentinelUrl:
         int(found["db"] or 0),
         user,
         password,
+        options.get("sentinel_username", ""),
         options.get("sentinel_password", ""),
         parse_tls(url),
     )

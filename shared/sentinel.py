@@ -186,6 +186,7 @@ def _client(host: str, port: int, url: SentinelUrl) -> aioredis.Redis:
         connection_class=Tls if url.tls else Tcp,
         host=host,
         port=port,
+        username=url.sentinel_username or None,
         password=url.sentinel_password or None,
         max_connections=1,
         socket_connect_timeout=ASK_S,

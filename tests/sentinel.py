@@ -20,6 +20,8 @@ from realtime_serve.lifeline import Lifeline
 from realtime_serve.redis_server import server_environment
 
 NAME = "main"
+USER = "asker"
+"""At the sentinels: may ask where the master is, and nothing else."""
 PASSWORD = "p@ss/word"
 READY_S = 30.0
 
@@ -43,6 +45,7 @@ bind 127.0.0.1
 dir "{folder}"
 logfile "{folder}/log"
 requirepass "{password}"
+user {user} on ">{password}" ~* &* -@all {rights}
 sentinel monitor {name} 127.0.0.1 {primary} {quorum}
 sentinel auth-pass {name} "{password}"
 sentinel sentinel-pass "{password}"
@@ -182,7 +185,8 @@ class Replicated:
             return f"redis://:{password}@127.0.0.1:{self.first.port}"
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
         scheme, query = ("sentinels", f"&{self._tls.options()}") if self._tls else ("sentinel", "")
-        return f"{scheme}://:{password}@{hosts}/{NAME}?sentinel_password={password}{query}"
+        asked = f"sentinel_username={USER}&sentinel_password={password}"
+        return f"{scheme}://:{password}@{hosts}/{NAME}?{asked}{query}"
 
     @property
     def members(self) -> list[Member]:
@@ -259,6 +263,8 @@ class Replicated:
             port=self._port(port),
             folder=folder,
             password=PASSWORD,
+            user=USER,
+            rights="+auth +hello +ping +client|setname +sentinel|master +sentinel|get-master-addr-by-name",
             name=NAME,
             primary=self.first.port,
             quorum=quorum,

@@ -283,6 +283,8 @@ def test_the_check_at_the_start(watched: Replicated) -> None:
     assert check_server(watched.url) == []
     with pytest.raises(ServerError, match=r"no sentinel knows 'other': .*No such master"):
         check_server(watched.url.replace(f"/{NAME}?", "/other?"))
+    with pytest.raises(ServerError, match="no sentinel"):
+        check_server(watched.url.replace("sentinel_username=", "sentinel_username=not-"))
     sentinel = f"redis://:p%40ss%2Fword@127.0.0.1:{watched.sentinels[0].port}"
     with pytest.raises(ServerError, match="that is a sentinel") as caught:
         check_server(sentinel)

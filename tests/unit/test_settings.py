@@ -92,11 +92,15 @@ def test_good_values(env: dict[str, str], field: str, value: object) -> None:
         ("RTS_REDIS_URL", "sentinel://u:s3cret@h1:port/main", "must be sentinel://"),
         ("RTS_REDIS_URL", "sentinel://u:s3cret@h1/main/two", "must be sentinel://"),
         ("RTS_REDIS_URL", "sentinel://u:s3cret/@h1/main", "must be sentinel://"),
-        ("RTS_REDIS_URL", "sentinel://h1/main?password=s3cret", "only sentinel_password"),
+        (
+            "RTS_REDIS_URL",
+            "sentinel://h1/main?password=s3cret",
+            "only sentinel_password, sentinel_u",
+        ),
         ("RTS_REDIS_URL", "sentinel://u:s3cret@h1:99999/main", "1 to 65535"),
         ("RTS_REDIS_URL", "sentinelss://u:s3cret@h1/main", "must start with"),
         ("RTS_REDIS_URL", "sentinels://h1/main?ssl_ca_certs=/s3cret", "ssl_ca_certs names no file"),
-        ("RTS_REDIS_URL", "sentinel://h1/main?ssl_ca_certs=/s3cret", "only sentinel_password"),
+        ("RTS_REDIS_URL", "sentinel://h1/main?ssl_ca_certs=/s3cret", "only sentinel_password, s"),
         ("RTS_REDIS_URL", "rediss://h1?ssl_ca_certs=/s3cret", "ssl_ca_certs names no file"),
         ("RTS_REDIS_URL", "rediss://h1?ssl_certfile=/s3cret", "go together"),
         ("RTS_REDIS_URL", "rediss://h1?ssl_cert_reqs=none", "only db, ssl_ca_certs, ssl_certfile"),
@@ -125,9 +129,10 @@ def test_bad_values_name_key_and_allowed(key: str, text: str, hint: str) -> None
     [
         ("sentinel://h/main", SentinelUrl((("h", 26379),), "main")),
         (
-            "sentinel://u%3A:p%40%2F@h1:1,[::1]:2,h-3.net/my%20main/4?sentinel_password=%26s",
+            "sentinel://u%3A:p%40%2F@h1:1,[::1]:2,h-3.net/my%20main/4"
+            "?sentinel_password=%26s&sentinel_username=w",
             SentinelUrl(
-                (("h1", 1), ("::1", 2), ("h-3.net", 26379)), "my main", 4, "u:", "p@/", "&s"
+                (("h1", 1), ("::1", 2), ("h-3.net", 26379)), "my main", 4, "u:", "p@/", "w", "&s"
             ),
         ),
         ("sentinel://:p@h/main", SentinelUrl((("h", 26379),), "main", password="p")),
