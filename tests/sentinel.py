@@ -21,7 +21,8 @@ from realtime_serve.redis_server import server_environment
 
 NAME = "main"
 USER = "asker"
-"""At the sentinels: may ask where the master is, and nothing else."""
+RIGHTS = "+auth +hello +ping +client|setname +sentinel|master +sentinel|get-master-addr-by-name"
+"""At the sentinels: may ask where the master is, and nothing else (docs/redis.md)."""
 PASSWORD = "p@ss/word"
 READY_S = 30.0
 
@@ -264,7 +265,7 @@ class Replicated:
             folder=folder,
             password=PASSWORD,
             user=USER,
-            rights="+auth +hello +ping +client|setname +sentinel|master +sentinel|get-master-addr-by-name",
+            rights=RIGHTS,
             name=NAME,
             primary=self.first.port,
             quorum=quorum,
