@@ -383,8 +383,12 @@ async def test_closing_the_client_cancels_what_no_gateway_has_answered() -> None
 
 
 async def test_ctrl_c_before_an_answer_cancels_the_request() -> None:
-    async with gateway((2.0, WHOLE), CANCELLED) as (url, seen):
-        code = f"from realtime_serve import Client; Client({url!r}).infer('x', model='m')"
+    async with gateway((0.5, WHOLE), CANCELLED) as (url, seen):
+        # Tests that run in the background hand an ignored SIGINT on.
+        code = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"from realtime_serve import Client; Client({url!r}).infer('x', model='m')"
+        )
         program = await asyncio.create_subprocess_exec(
             sys.executable, "-c", code, stderr=asyncio.subprocess.DEVNULL
         )
