@@ -51,6 +51,12 @@ class Balancer:
                 stderr=subprocess.STDOUT,
             )
 
+    def __enter__(self) -> Balancer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """SIGTERM: nginx's master takes its workers along."""
         self._process.terminate()

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import redis
 import rules
 import schemas
 import yaml
-from chaos.world import find_server
+from cluster import free_port
 from gateway_site import Site, open_site, until
 from manifests import (
     FOLDER,
@@ -38,6 +37,7 @@ from manifests import (
     rendered,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from required import server_program
 
 from realtime_serve.redis_server import RedisServer, ServerBinary, find_binary
 from shared import keys
@@ -180,10 +180,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture(params=["valkey", "redis"])
 def binary(request: pytest.FixtureRequest) -> ServerBinary:
-    try:
-        return find_server(request.param)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    return server_program(request.param)
 
 
 def test_a_server_takes_the_configuration(tmp_path: Path, binary: ServerBinary) -> None:
@@ -215,8 +212,7 @@ def test_a_server_takes_a_user_for_each_role(tmp_path: Path, binary: ServerBinar
 @contextlib.contextmanager
 def _container(folder: Path, binary: ServerBinary) -> Iterator[int]:
     """Runs what the container of the StatefulSet would; only folders and its address are others."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     shell, option, script = pod(overlay_objects("cpu"), "redis").container["command"]
     for old, new in (
         ("valkey-server ", f"{binary.path} "),

@@ -337,19 +337,25 @@ def kill_a_gateway(stack: Stack) -> bool:
     return load.broken["plain"] > 0 and not load.broken["resumable"]
 
 
+def chat(stack: Stack, model: str, words: str, *, max_tokens: int, retries: int = 0) -> str:
+    """An answer by the official client, greedy, seed 7."""
+    with OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=retries) as client:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": words}],
+            max_tokens=max_tokens,
+            temperature=0,
+            seed=7,
+        )
+    return answer.choices[0].message.content or ""
+
+
 def let_the_demo_model_answer(stack: Stack) -> bool:
     """The torch engine in its container; whether it says what the model does."""
     one = ("--scale", "worker=1", "--scale", "gateway=2")
     model = {"RTS_ENGINE": "torch", "RTS_MODEL": "demo=/models/demo", "RTS_KV_CACHE_MB": "256"}
     stack.up(*one, **model)
-    with OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=5) as client:
-        answer = client.chat.completions.create(
-            model="demo",
-            messages=[{"role": "user", "content": "What is the capital of France?"}],
-            max_tokens=30,
-            temperature=0,
-        )
-    text = answer.choices[0].message.content or ""
+    text = chat(stack, "demo", "What is the capital of France?", max_tokens=30, retries=5)
     print(f"the demo model says {text!r}")
     return "Paris" in text
 
@@ -377,14 +383,7 @@ def main() -> int:
         time.sleep(PAUSE_S)
         crashed = stack.crashed()
         print(f"crashed: {crashed}" if crashed else "up and healthy")
-        with OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
-            answer = client.chat.completions.create(
-                model="echo",
-                messages=[{"role": "user", "content": "hi"}],
-                max_tokens=20,
-                seed=7,
-            )
-        assert answer.choices[0].message.content == letters(7, 20)
+        assert chat(stack, "echo", "hi", max_tokens=20) == letters(7, 20)
         good = restart_everything(stack)
         seen = kill_a_gateway(stack)
         stack.up("--scale", "worker=3", "--scale", "gateway=4")

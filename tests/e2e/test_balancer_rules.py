@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -79,15 +79,13 @@ def front(
 ) -> Iterator[Front]:
     needs(request.param)
     folder = tmp_path_factory.mktemp(request.param)
-    with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(folder, echo_step_ms=50, max_connections=30))
+    texts = TEXTS[request.param]
+    with Cluster(folder, echo_step_ms=50, max_connections=30) as cluster, Lifeline() as lifeline:
         cluster.up(control=False)
-        lifeline = stack.enter_context(Lifeline())
         second = free_port()
         ports = [*cluster.ports, second]
-        balancer = Balancer(request.param, folder, ports, lifeline, TEXTS[request.param])
-        stack.callback(balancer.stop)
-        yield Front(cluster, f"http://127.0.0.1:{balancer.port}", second)
+        with Balancer(request.param, folder, ports, lifeline, texts) as balancer:
+            yield Front(cluster, f"http://127.0.0.1:{balancer.port}", second)
 
 
 @asynccontextmanager

@@ -7,7 +7,6 @@ import itertools
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +45,11 @@ def front(
 ) -> Iterator[Front]:
     needs(request.param)
     folder = tmp_path_factory.mktemp(request.param)
-    with ExitStack() as stack:
-        cluster = stack.enter_context(
-            Cluster(folder, echo_step_ms=50, queue_limit=1, trusted_proxies="127.0.0.0/8")
-        )
+    settings: dict[str, Any] = {"queue_limit": 1, "trusted_proxies": "127.0.0.0/8"}
+    with Cluster(folder, echo_step_ms=50, **settings) as cluster, Lifeline() as lifeline:
         cluster.up(gateways=2)
-        lifeline = Lifeline()
-        stack.callback(lifeline.close)
-        balancer = Balancer(request.param, folder, cluster.ports, lifeline)
-        stack.callback(balancer.stop)
-        yield Front(cluster, balancer)
+        with Balancer(request.param, folder, cluster.ports, lifeline) as balancer:
+            yield Front(cluster, balancer)
 
 
 async def answers(front: Front, http: aiohttp.ClientSession) -> bool:
@@ -147,8 +141,7 @@ async def test_a_gateway_killed_in_the_middle_of_200_streams(tmp_path: Path, kin
     needs(kind)
     with Cluster(tmp_path, echo_step_ms=30, max_batch_size=256) as cluster, Lifeline() as lifeline:
         cluster.up(gateways=2, control=False)
-        balancer = Balancer(kind, tmp_path, cluster.ports, lifeline)
-        try:
+        with Balancer(kind, tmp_path, cluster.ports, lifeline) as balancer:
             under_way: set[int] = set()
 
             async with AsyncClient(f"http://127.0.0.1:{balancer.port}") as client:
@@ -173,8 +166,6 @@ async def test_a_gateway_killed_in_the_middle_of_200_streams(tmp_path: Path, kin
             # Half of them, more or less, came to the other one.
             (resumed,) = re.findall(r"^rts_stream_resumes_total (\d+)", text, re.MULTILINE)
             assert 50 <= int(resumed) <= 150
-        finally:
-            balancer.stop()
 
 
 def test_the_longest_answer_in_one_piece_is_waited_for() -> None:

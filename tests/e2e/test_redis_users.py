@@ -16,9 +16,9 @@ import poison_engine
 import pytest
 import redis
 import sentinel
-from chaos.world import find_server
 from cluster import ROOT, Cluster, Process, free_port
 from gateway_site import letters, read_events, until
+from required import server_program
 
 from realtime_serve.lifeline import Lifeline
 from shared.access import ROLES, acl_file
@@ -53,10 +53,7 @@ class Place:
 @pytest.fixture(params=["valkey", "redis"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Nothing but a server with the users."""
-    try:
-        binary = find_server(request.param)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    binary = server_program(request.param)
     settings: dict[str, Any] = {"lease_ms": 500, "requests_per_minute": 10_000}
     with Cluster(
         tmp_path, binary=binary, tcp=True, engine="poison_engine:Poison", **settings
@@ -189,10 +186,7 @@ def test_a_role_may_do_nothing_else(server: Place, role: str, commands: list[str
 
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 def test_a_server_starts_with_the_file(tmp_path: Path, kind: str) -> None:
-    try:
-        binary = find_server(kind)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    binary = server_program(kind)
     file = tmp_path / "users.acl"
     file.write_text(acl_file({role: f"of-{role}" for role in ROLES}, admin=sentinel.PASSWORD))
     port = free_port()

@@ -86,11 +86,7 @@ def load(folder: Path, dtype: str, source: str, progress: Progress = no_progress
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = (
-        torch.float32
-        if (dtype if dtype != "auto" else best_dtype()) == "float32"
-        else torch.bfloat16
-    )
+    kind = torch.float32 if dtype_for(dtype) == "float32" else torch.bfloat16
     with _explained(source), _quiet():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, local_files_only=True, trust_remote_code=False
@@ -193,8 +189,10 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = no_progress) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def best_dtype() -> str:
-    """The dtype that "auto" stands for: bfloat16 where the hardware multiplies in it."""
+def dtype_for(asked: str) -> str:
+    """The dtype that is asked for; "auto" is bfloat16 where the hardware multiplies in it."""
+    if asked != "auto":
+        return asked
     import torch
 
     if torch.cuda.is_available():

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from worker.engine import EngineOptions, ModelFiles
 from worker.engine.decoder import Sizes, Weight
-from worker.engine.loader import LoadedModel, best_dtype, version_of
+from worker.engine.loader import LoadedModel, dtype_for, version_of
 from worker.engine.native.build import best_level, built_library
 from worker.engine.native.library import Part
 
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _RECIPE: Final = "recipe.json"
 _TABLES: Final = "tables.safetensors"
+_IN_TABLES: Final = (Part.ROPE_COS, Part.ROPE_SIN)
+"""Parts that are in no file of the model."""
 _UNUSED_S: Final = 30 * 86400
 """A recipe that no start has used for so long is removed. Not sooner: while a cluster rolls, two
 programs may have a folder in common."""
@@ -189,7 +191,7 @@ def _place(options: EngineOptions, version: str) -> Path | None:
     code = built_library(level, options.data_dir / "native")
     if code is None:
         return None
-    dtype = options.dtype if options.dtype != "auto" else best_dtype()
+    dtype = dtype_for(options.dtype)
     kind = "exact" if options.deterministic else "fast"
     digest = hashlib.sha256(_code() + code.read_bytes()).hexdigest()[:16]
     return options.data_dir / "recipes" / f"{version}-{dtype}-{level}-{kind}-{digest}"
@@ -253,7 +255,7 @@ def _ingredient(
     for source in weight.sources:
         if isinstance(source, int):
             found.append(source)
-        elif weight.part in (Part.ROPE_COS, Part.ROPE_SIN):
+        elif weight.part in _IN_TABLES:
             name = f"{weight.part.name}.{weight.layer}"
             tables[name] = source
             found.append(name)
@@ -270,7 +272,7 @@ def _mixed(
 ) -> Iterator[Weight]:
     """The weights; what is the model's own is rounded to its dtype first, as transformers does."""
     for each in ingredients:
-        is_table = each.part in (Part.ROPE_COS, Part.ROPE_SIN)
+        is_table = each.part in _IN_TABLES
         sources: list[torch.Tensor | int] = []
         for name in each.names:
             if isinstance(name, int):

@@ -36,7 +36,7 @@ from vllm.v1.executor import Executor
 from worker.engine import EngineError, EngineOptions, ModelFiles
 from worker.engine import interface as ours
 from worker.engine.interface import EngineInfo, EngineRequest, EngineStats, StepOutput
-from worker.engine.loader import best_dtype, describe, locate
+from worker.engine.loader import describe, dtype_for, locate
 from worker.engine.randomness import random_bits
 from worker.engine.sequence import Sequence, check_request
 
@@ -281,7 +281,7 @@ def load(folder: Path, options: EngineOptions, *, eager: bool = False) -> LLMEng
         config = EngineArgs(
             model=str(folder),
             skip_tokenizer_init=True,
-            dtype=options.dtype if options.dtype != "auto" else best_dtype(),
+            dtype=dtype_for(options.dtype),
             # As long as the cache holds.
             max_model_len=-1,
             max_num_seqs=options.max_batch_size,
