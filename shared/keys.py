@@ -78,7 +78,8 @@ def request(rid: str) -> str:
         seq: last token in the log. pr: rows computed, while no token comes. hw: most rows of the
             prompt that any owner computed. mark: hw + seq when it was taken. deaths: of owners in a
             row that added nothing to that.
-        dl: deadline (ms). grace, keep: durations (ms). unheard: since when nobody listens (ms).
+        dl: deadline (ms). grace, keep: durations (ms). unheard: since when nobody listens (ms),
+            if nobody heard the token after `quiet`, either.
         t0, t1, t2, t3: queued, first taken, first token, ended (ms). reason: how it ended.
         pt: prompt tokens. charge, att: tokens charged, and by which attempt. tk: ticket.
         ct: a gateway has counted its end; set by the first one (HSETNX).

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import msgspec
 import redis.asyncio as aioredis
 from redis.exceptions import NoScriptError, RedisError
 
@@ -53,6 +55,8 @@ REPLICA_WAITS = 8
 """Most such waits at once: without a replica they hold their connections, others need some, too."""
 TAKE_BYTES = 4 * 1024 * 1024
 """take stops once it has handed over this many bytes of bodies."""
+_pack = msgspec.msgpack.Encoder().encode
+_head_of_string = struct.Struct(">BI").pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,11 @@ def _enqueued(reply: list[Any]) -> Enqueued:
     if outcome == "attached":
         return Enqueued(outcome, view=messages.decode(reply[1], messages.View))
     return Enqueued(outcome, waiting=reply[1])
+
+
+def _raw(data: bytes) -> msgspec.Raw:
+    """Bytes in the MessagePack of the servers' Lua, which knows strings of bytes and no others."""
+    return msgspec.Raw(_head_of_string(0xDB, len(data)) + data)
 
 
 class Script:
@@ -443,10 +452,11 @@ class Store:
         self, mv: str, engine: str, step: Sequence[Emission]
     ) -> tuple[int, list[Emitted]]:
         """Appends a step to the logs and publishes it; (how many could be taken, answers)."""
-        args: list[str | bytes | int] = []
+        flat: list[str | msgspec.Raw] = []
         for e in step:
-            args += (e.rid, e.epoch, e.first - 1, e.last, e.tokens, e.progress, e.reason, e.end)
-        reply = await self._run["emit"](mv, engine, *args)
+            flat += (e.rid, str(e.epoch), str(e.first - 1), str(e.last))
+            flat += (_raw(e.tokens), str(e.progress), e.reason, _raw(e.end))
+        reply = await self._run["emit"](mv, engine, _pack(flat))
         answers = [_DONE] * len(step)
         for at, code, detail in zip(reply[1::3], reply[2::3], reply[3::3], strict=True):
             outcome = _EMITTED[code]

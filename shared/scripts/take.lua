@@ -249,7 +249,7 @@ local function is_abandoned(rid, v)
     return false
   end
   if not v.unheard then
-    redis.call('HSET', 'rts:r:' .. rid, 'unheard', int(now))
+    redis.call('HSET', 'rts:r:' .. rid, 'unheard', int(now), 'quiet', v.seq)
     return false
   end
   return now - v.unheard > v.grace

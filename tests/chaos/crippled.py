@@ -21,13 +21,13 @@ from shared import messages
 
 def without_fence() -> None:
     """Whoever has the next token of a request writes it."""
-    _cripple_emit(("own ~= ARGV[i + 1] .. ':' .. engine", "false"))
+    _cripple_emit(("own ~= step[i + 1] .. ':' .. engine", "false"))
 
 
 def without_order() -> None:
     """What is emitted is appended behind what is there, whoever sends it."""
     _cripple_emit(
-        ("own ~= ARGV[i + 1] .. ':' .. engine", "false"),
+        ("own ~= step[i + 1] .. ':' .. engine", "false"),
         (
             "local own, seq, st = v[1], v[2], v[3]",
             "local own, seq, st = v[1], v[2], v[3]\n"

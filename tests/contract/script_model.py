@@ -267,6 +267,7 @@ class Job:
     mark: int = 0
     deaths: int = 0
     unheard: int | None = None
+    quiet: int = 0
     reason: str = ""
     tokens: list[str] = field(default_factory=list)
 
@@ -469,14 +470,14 @@ class Model:
         if job.rid in self.listened:
             job.unheard = None
         elif job.unheard is None:
-            job.unheard = self.now
+            job.unheard, job.quiet = self.now, len(job.tokens)
         return job.unheard is not None and self.now - job.unheard > job.grace
 
     def leave(self, rid: str, caller: str) -> bool:
         job = self.jobs[rid]
         if job.state == "e" or job.caller != caller or rid in self.listened:
             return False
-        job.unheard = self.now
+        job.unheard, job.quiet = self.now, len(job.tokens)
         return True
 
     def emit(
@@ -509,12 +510,12 @@ class Model:
             job.progress, job.best = progress, max(job.best, min(progress, job.prompt))
         if fresh:
             job.tokens += texts
-            if rid in self.listened:
-                job.unheard = None
-            elif job.unheard is None:
-                job.unheard = self.now
-            elif self.now - job.unheard > job.grace:
-                ended = "abandoned"
+            if rid not in self.listened:
+                if job.unheard is None or job.quiet != seq:
+                    job.unheard = self.now
+                elif self.now - job.unheard > job.grace:
+                    ended = "abandoned"
+                job.quiet = last
         if reason:
             self._finish(job, reason)
             return "ok", None
@@ -576,6 +577,7 @@ class Model:
             assert int(real["deaths"]) == job.deaths
             assert int(real["seq"]) == len(job.tokens)
             assert real.get("unheard") == (None if job.unheard is None else str(job.unheard))
+            assert int(real.get("quiet", 0)) == job.quiet
             tokens = [
                 token.text
                 for entry in state.logs.get(rid, [])

@@ -928,13 +928,43 @@ async def test_a_listener_who_comes_back_starts_the_grace_time_anew(
     await clock.advance(2000)
     async with listening(store, keys.log("r1")):
         assert await emit(store, emission("r1", first=2)) == [Emitted("ok")]
-    assert await field(store, "r1", "unheard") is None
     assert await emit(store, emission("r1", first=3)) == [Emitted("ok")]
     await clock.advance(1000)
     assert await emit(store, emission("r1", first=4)) == [Emitted("ok")]
     await clock.advance(1)
-    # What ends anyway is not abandoned.
-    assert await emit(store, emission("r1", first=5, reason="stop")) == [Emitted("ok")]
+    assert await emit(store, emission("r1", first=5)) == [Emitted("ended", reason="abandoned")]
+
+
+async def test_what_ends_unheard_is_not_abandoned(store: Store, clock: Clock) -> None:
+    await put(store, "r1", grace_ms=1000)
+    await take(store)
+    await emit(store, emission("r1"))
+    await clock.advance(1001)
+    assert await emit(store, emission("r1", first=2, reason="stop")) == [Emitted("ok")]
+    assert (await end_of(store, "r1")).reason == "stop"
+
+
+async def test_the_grace_time_runs_on_where_no_token_was_heard(store: Store, clock: Clock) -> None:
+    await put(store, "r1", grace_ms=1000)
+    await take(store)
+    await emit(store, emission("r1"))
+    await clock.advance(600)
+    async with listening(store, keys.log("r1")):
+        assert await emit(store, emission("r1", first=2, n=0)) == [Emitted("ok")]
+    await clock.advance(401)
+    assert await emit(store, emission("r1", first=2)) == [Emitted("ended", reason="abandoned")]
+
+
+async def test_the_grace_time_of_who_left_while_nothing_came_runs_on(
+    store: Store, clock: Clock
+) -> None:
+    await put(store, "r1", grace_ms=1000)
+    await take(store)
+    async with listening(store, keys.log("r1")):
+        await emit(store, emission("r1"))
+    assert await store.leave("r1", "alice")
+    await clock.advance(1001)
+    assert await emit(store, emission("r1", first=2)) == [Emitted("ended", reason="abandoned")]
 
 
 async def test_what_waited_unheard_for_its_grace_is_not_taken(store: Store, clock: Clock) -> None:
