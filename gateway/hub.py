@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from gateway.pubsub import PubSubConnection
+from gateway.recovery import Recovery
 from shared import keys, messages
 from shared.errors import LogExpired, StoreUnavailable
 from shared.store import Store, unavailable
@@ -35,7 +36,14 @@ PAGE = 512
 
 
 class Subscription:
-    """One reader of one request's stream."""
+    """One reader of one request's stream.
+
+    Attributes:
+        last: number of the last token handed out.
+        recovery: queues the request again where Redis has lost it; None: that is an error.
+        heard_at: when a message came. checked_at: when its log was asked for.
+        known_at: when Redis said that it has the request. All in the event loop's time.
+    """
 
     def __init__(
         self, rid: str, after: int, hub: Hub, *, replay: bool, close: Callable[[Subscription], None]
@@ -47,11 +55,13 @@ class Subscription:
         self._live: deque[bytes] = deque()
         self._page: deque[messages.Entry] = deque()
         self._stale = replay
-        self._gone = False
+        # Not in Redis any more; ended, and without a log.
+        self._lost = self._gone = False
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self.heard_at = self._loop.time()
+        self.recovery: Recovery | None = None
+        self.heard_at = self.known_at = self._loop.time()
         self.checked_at = 0.0
 
     def is_due(self, now: float) -> bool:
@@ -76,6 +86,8 @@ class Subscription:
             self._live.clear()
             self._stale = True
         self._live.append(frame)
+        self._lost = False
+        self.heard_at = self._loop.time()
         self._wake()
 
     def resync(self) -> None:
@@ -85,7 +97,7 @@ class Subscription:
 
     def lost(self) -> None:
         """The request is not in Redis any more."""
-        self._gone = True
+        self._lost = True
         self._wake()
 
     def close(self) -> None:
@@ -98,7 +110,8 @@ class Subscription:
         """The next entry: tokens above those handed out before, or the end, which is the last.
 
         Raises:
-            LogExpired: tokens are missing and the log that had them is gone.
+            LogExpired: tokens are missing and the log that had them is gone; or the request is,
+                and cannot be queued again.
         """
         while True:
             if self._stale and not self._page:
@@ -116,12 +129,17 @@ class Subscription:
                     continue
             elif self._gone:
                 raise LogExpired(self.rid)
+            elif self._lost:
+                await self._recover()
+                continue
             else:
                 self._waiter = self._loop.create_future()
                 await self._waiter
                 continue
             fresh = self._accept(entry)
             if fresh is not None:
+                if self.recovery is not None and isinstance(fresh.event, messages.Tokens):
+                    self.recovery.add(fresh.event)
                 return fresh
             if self._missing(entry):
                 if from_log:
@@ -149,6 +167,14 @@ class Subscription:
             return entry.seq > self.last
         return event.first > self.last + 1
 
+    async def _recover(self) -> None:
+        if self.recovery is None:
+            raise LogExpired(self.rid)
+        await self.recovery.run(max(self.heard_at, self.known_at))
+        self._hub.recoveries += 1
+        self.known_at = self._loop.time()
+        self._lost, self._stale = False, True
+
     async def _read_log(self) -> None:
         # Before the read: what is missed while it runs makes it stale again.
         self._stale = False
@@ -156,21 +182,23 @@ class Subscription:
             while True:
                 try:
                     # Asked first: what had ended by then has its end in the log.
-                    over = await self._hub.over(self.rid)
+                    state = await self._hub.state(self.rid)
                     entries = await self._hub.store.read_log(self.rid, self.last, PAGE)
-                    self._gone = over and not entries
                     break
                 except StoreUnavailable:
                     await asyncio.sleep(RETRY_S)
         except asyncio.CancelledError:
             self._stale = True
             raise
+        if state is not None:
+            self.known_at = self._loop.time()
+        self._lost = state is None and not entries
+        self._gone = state == b"e" and not entries
         self._page.extend(entries)
         if len(entries) == PAGE:
             self._stale = True
 
     def _wake(self) -> None:
-        self.heard_at = self._loop.time()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._waiter = None
@@ -194,12 +222,14 @@ class Hub:
 
     Attributes:
         gaps: messages that were missing and read from a log.
+        recoveries: requests that Redis had lost and that were queued again.
     """
 
     def __init__(self, url: str, store: Store, *, backlog: int = 1024) -> None:
         self.store = store
         self.backlog = backlog
         self.gaps = 0
+        self.recoveries = 0
         self._channels: dict[bytes, _Channel] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._connection = PubSubConnection(
@@ -267,11 +297,12 @@ class Hub:
         """
         await self._compare([reader for reader in self._readers() if reader.waits])
 
-    async def over(self, rid: str) -> bool:
-        """Whether the request has ended, or is not known to Redis any more."""
+    async def state(self, rid: str) -> bytes | None:
+        """Whether the request waits, runs or has ended; None: Redis does not know it any more."""
         client: Any = self.store.client
         async with unavailable():
-            return await client.hget(keys.request(rid), "st") in (None, b"e")
+            found: bytes | None = await client.hget(keys.request(rid), "st")
+            return found
 
     def _readers(self) -> Iterator[Subscription]:
         for channel in self._channels.values():
@@ -327,8 +358,11 @@ class Hub:
             for reader in readers:
                 pipe.hmget(keys.request(reader.rid), ["st", "seq"])
             rows = await pipe.execute()
+        now = asyncio.get_running_loop().time()
         for reader, (state, seq) in zip(readers, rows, strict=True):
             if state is None:
                 reader.lost()
-            elif state == b"e" or int(seq) > reader.last:
+                continue
+            reader.known_at = now
+            if state == b"e" or int(seq) > reader.last:
                 reader.resync()

@@ -254,6 +254,11 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "rts_stream_gaps", "Messages that were lost and read from a log.", value=self._hub.gaps
         )
+        yield CounterMetricFamily(
+            "rts_stream_recoveries",
+            "Requests that Redis had lost and that were queued again.",
+            value=self._hub.recoveries,
+        )
         yield CounterMetricFamily("rts_stream_resumes", "Streams resumed.", value=self.resumes)
 
     def _engine_counters(self) -> Iterable[Metric]:

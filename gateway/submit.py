@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import secrets
@@ -18,6 +19,7 @@ from gateway.headers import Terms
 from gateway.hub import Subscription
 from gateway.limits import limit_headers
 from gateway.models import ServedModel
+from gateway.recovery import Recovery
 from gateway.requests import Order
 from shared import keys, messages
 from shared.errors import InvalidRequest, StoreUnavailable
@@ -129,8 +131,26 @@ class _Admission:
         self._attempt = secrets.token_hex(8)
         self._charged = False
         self._sent = False
-        terms = sender.terms
+        s, terms = edge.settings, sender.terms
         self._kept = terms.grace_s is not None or terms.idempotency_key is not None
+        self._timeout_s = order.timeout_s or terms.timeout_s or s.timeout_s
+        self._keep_s = s.resumable_retention_s if self._kept else s.retention_s
+        if terms.grace_s is not None:
+            grace_ms = int(terms.grace_s * 1000)
+        else:
+            grace_ms = int(KEY_GRACE_S * 1000) if self._kept else PLAIN_GRACE_MS
+        # It outlives this admission, so it holds none of its parts.
+        self._queue = functools.partial(
+            edge.store.enqueue,
+            cls=order.cls,
+            grace_ms=grace_ms,
+            keep_ms=int(self._keep_s * 1000),
+            attempt=self._attempt,
+            queue_limit=s.queue_limit,
+            queue_bytes=s.queue_bytes,
+            resumable=self._kept,
+            strict=s.strict,
+        )
 
     async def run(self) -> Ticket | None:
         """The ticket, or None when the version is closed."""
@@ -158,6 +178,8 @@ class _Admission:
             if answer.outcome == "attached":
                 subscription.resync()
                 edge.send(edge.store.heard(rid))
+            else:
+                subscription.recovery = self._recovery()
             view = answer.view or self._request.view(resumable=self._kept)
             return Ticket(
                 Subject(rid, view, len(self._request.prompt)),
@@ -205,30 +227,19 @@ class _Admission:
 
     async def _enqueue(self) -> Enqueued:
         self._sent = True
+        timeout_ms = max(1, int(self._timeout_s * 1000))
         try:
-            return await self._enqueue_once()
+            return await self._queue(self._request, timeout_ms=timeout_ms)
         except StoreUnavailable:
             # It may or may not be queued; the same attempt again is harmless.
-            return await self._enqueue_once()
+            return await self._queue(self._request, timeout_ms=timeout_ms)
 
-    async def _enqueue_once(self) -> Enqueued:
-        s, terms = self._edge.settings, self._sender.terms
-        if terms.grace_s is not None:
-            grace_ms = int(terms.grace_s * 1000)
-        else:
-            grace_ms = int(KEY_GRACE_S * 1000) if self._kept else PLAIN_GRACE_MS
-        timeout_s = self._order.timeout_s or terms.timeout_s or s.timeout_s
-        return await self._edge.store.enqueue(
+    def _recovery(self) -> Recovery:
+        return Recovery(
             self._request,
-            cls=self._order.cls,
-            timeout_ms=max(1, int(timeout_s * 1000)),
-            grace_ms=grace_ms,
-            keep_ms=int((s.resumable_retention_s if self._kept else s.retention_s) * 1000),
-            attempt=self._attempt,
-            queue_limit=s.queue_limit,
-            queue_bytes=s.queue_bytes,
-            resumable=self._kept,
-            strict=s.strict,
+            self._queue,
+            ends_at=asyncio.get_running_loop().time() + self._timeout_s,
+            keep_s=self._keep_s,
         )
 
     async def _undo(self) -> None:

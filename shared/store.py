@@ -156,6 +156,8 @@ class Departed:
     closed: bool
 
 
+_ENTRY_TOKENS = 512
+"""In one entry of a log that is written again."""
 _ENQUEUED = ("accepted", "attached", "conflict", "closed", "full")
 _EMITTED = ("ok", "duplicate", "fenced", "gap", "ended", "lost")
 _DONE = Emitted("ok")
@@ -342,15 +344,17 @@ class Store:
         queue_bytes: int,
         resumable: bool,
         strict: bool = False,
+        had: Sequence[messages.Token] | None = None,
     ) -> Enqueued:
         """Puts a request on its queue, or says why not. The same one again is `attached`.
 
-        A repeated call of the same `attempt` is `accepted` as the first one was.
+        A repeated call of the same `attempt` is `accepted` as the first one was. With `had` it is
+        one that was accepted and that Redis has lost since: it goes on after these tokens of it.
 
         Raises:
             NotReplicated: `strict`, and no replica has it. It may be queued nevertheless.
         """
-        args = (
+        args: tuple[str | bytes | int, ...] = (
             request.rid,
             keys.model_version(request.model, request.version),
             cls,
@@ -366,6 +370,12 @@ class Store:
             queue_bytes,
             messages.encode(request.view(resumable=resumable)),
         )
+        if had is not None:
+            args += (len(had),)
+            for first in range(0, len(had), _ENTRY_TOKENS):
+                some = had[first : first + _ENTRY_TOKENS]
+                tokens = messages.Tokens(messages.VERSION, first + 1, list(some))
+                args += (first + len(some), messages.encode(tokens))
         return _enqueued(await self._call("enqueue", args, strict=strict))
 
     async def _call(self, name: str, args: tuple[str | bytes | int, ...], *, strict: bool) -> Any:

@@ -124,7 +124,10 @@ class FakeWorker:
         step = [self._emission(rid, state) for rid, state in self.running.items()]
         _, answers = await self.store.emit(self.mv, self.engine, step)
         for emission, answer in zip(step, answers, strict=True):
-            if answer.outcome in ("ended", "lost", "fenced") or emission.reason:
+            if answer.outcome == "gap":
+                # Its letters come from their numbers.
+                self.running[emission.rid].seq = answer.seq
+            elif answer.outcome in ("ended", "lost", "fenced") or emission.reason:
                 del self.running[emission.rid]
             else:
                 self.running[emission.rid].seq = emission.last

@@ -23,6 +23,8 @@ RETRY_S = 0.2
 COMPARE_S = 5.0
 """How often Redis is asked what this engine owns and does not know: a call that was given up may
 arrive later than the next one, and what it hands over is in nobody's hands."""
+KNOWN_EPOCHS = 4096
+"""Requests whose last epoch is remembered."""
 NEVER = -math.inf
 """When it was last compared, if a comparison is due at once."""
 NEVER_MS = 10**12
@@ -74,6 +76,8 @@ class Intake:
         self._finishing = False
         self._asked = 0
         self._left = 0
+        # The last one of each request, the latest at the end.
+        self._epochs: dict[str, int] = {}
 
     @property
     def is_over(self) -> bool:
@@ -167,7 +171,7 @@ class Intake:
             await asyncio.sleep(self._max_wait_s)
             if (left := min(room, self._room()) - len(taken)) > 0:
                 taken += await self._take(left, calm=False)
-        opened = [await self._open(item) for item in taken]
+        opened = [await self._open(item) for item in await self._unknown(taken)]
         for stream in opened:
             if stream is not None:
                 self._outbox.add(stream)
@@ -192,6 +196,23 @@ class Intake:
             if known is not None:
                 self._compared_at = now
         return take.requests
+
+    async def _unknown(self, taken: list[Taken]) -> list[Taken]:
+        """Those whose ownership is a new one; the others are handed back, to come with the next.
+
+        Redis gives an epoch twice where it has lost that it gave it: what this engine may still say
+        in the first one must be told from the second.
+        """
+        again = [(t.rid, t.epoch) for t in taken if t.epoch <= self._epochs.get(t.rid, 0)]
+        if again:
+            log.warning("redis lost what was taken", extra={"requests": len(again)})
+            await self._store.release(self._mv, self._engine, again)
+        for item in taken:
+            self._epochs.pop(item.rid, None)
+            self._epochs[item.rid] = item.epoch
+        while len(self._epochs) > KNOWN_EPOCHS:
+            del self._epochs[next(iter(self._epochs))]
+        return [item for item in taken if (item.rid, item.epoch) not in again]
 
     async def _open(self, taken: Taken) -> Stream | None:
         """Reads a body and what earlier owners generated; only now, as its owner."""

@@ -5,7 +5,10 @@
 -- ARGV: 1 rid, 2 mv, 3 class, 4 caller, 5 digest of the body, 6 body, 7 deadline (ms from now),
 --       8 grace (ms unheard before it is cancelled), 9 keep (ms the log lives after the end),
 --       10 prompt tokens, 11 attempt: what limit charged, if anything, is the request's from now on,
---       12 most waiting, 13 most waiting bytes, 14 messages.View, readable as long as the hash is
+--       12 most waiting, 13 most waiting bytes, 14 messages.View, readable as long as the hash is;
+--       15 of a request that was accepted and that Redis has lost: number of the last token its reader has,
+--       16.. these tokens, in pairs: number of the last one, messages.Tokens
+-- What was accepted is queued again whatever the limits are, and whether the version is closed.
 -- Beyond the limits a caller with nothing waiting here still gets in, up to twice as many: one caller alone
 -- locks nobody out.
 -- Returns {0, 0} accepted, also when this attempt had been before; {1, messages.View} the same request is
@@ -20,7 +23,8 @@ local there = present(rid, caller, ARGV[5])
 if there then
   return there
 end
-if redis.call('EXISTS', 'rts:open:' .. mv) == 0 then
+local last = ARGV[15]
+if not last and redis.call('EXISTS', 'rts:open:' .. mv) == 0 then
   return {3, 0}
 end
 local queue = mv .. ':' .. cls
@@ -29,7 +33,7 @@ local size = #ARGV[6]
 local c = redis.call('HMGET', count, 'waiting', 'bytes')
 local waiting, bytes = tonumber(c[1] or 0), tonumber(c[2] or 0)
 local times = redis.call('HEXISTS', 'rts:turn:' .. queue, caller) == 1 and 1 or 2
-if waiting >= times * tonumber(ARGV[12]) or bytes + size > times * tonumber(ARGV[13]) then
+if not last and (waiting >= times * tonumber(ARGV[12]) or bytes + size > times * tonumber(ARGV[13])) then
   return {4, waiting}
 end
 
@@ -48,11 +52,20 @@ local charge = redis.call('GETDEL', 'rts:charge:' .. ARGV[11]) or 0
 -- An earlier run of this id leaves nothing but its epoch: who owned it then must not own this one.
 redis.call('DEL', key, 'rts:l:' .. rid)
 redis.call('HSET', key, 'st', 'w', 'mv', mv, 'cls', cls, 'eid', eid, 'caller', caller, 'dig', ARGV[5],
-  'body', ARGV[6], 'size', size, 'own', '0:', 'ep', earlier[2] or 0, 'seq', 0, 'pr', 0, 'hw', 0, 'mark', 0,
+  'body', ARGV[6], 'size', size, 'own', '0:', 'ep', earlier[2] or 0, 'seq', last or 0, 'pr', 0, 'hw', 0, 'mark', 0,
   'deaths', 0, 'dl', int(deadline), 'grace', ARGV[8], 'keep', ARGV[9], 't0', int(now), 'pt', ARGV[10],
   'charge', charge, 'att', ARGV[11], 'tk', ticket, 'view', ARGV[14])
 -- Long enough for whoever ends it at its deadline, and for a reader who comes late.
 redis.call('PEXPIREAT', key, int(deadline + 300000))
+if #ARGV > 15 then
+  local log = 'rts:l:' .. rid
+  for i = 16, #ARGV, 2 do
+    redis.call('XADD', log, ARGV[i] .. '-0', 'd', ARGV[i + 1])
+  end
+  redis.call('PEXPIREAT', log, int(deadline + 300000))
+  -- When they came is lost, too.
+  redis.call('HSET', key, 't2', int(now))
+end
 redis.call('ZADD', 'rts:due', int(deadline), rid)
 local wake = 'rts:wake:' .. mv
 redis.call('LPUSH', wake, '1')

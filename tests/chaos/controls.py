@@ -23,12 +23,13 @@ def _without(part: str, name: str, scenario: Scenario) -> Scenario:
 
 
 def _lax(scenario: Scenario) -> Scenario:
-    """Gateways that accept what only the primary has."""
+    """Gateways that accept what only the primary has, and do not queue again what it loses."""
     return replace(
         scenario,
-        name="control: not strict; failover to a replica that lags",
+        name="control: not strict, no recovery; failover to a replica that lags",
         # A request that was accepted, and that nobody knows any more.
         expect_wrong="log_expired|its request is gone",
+        launcher=("-m", "chaos.crippled", "recovery"),
         stalls="none",
         settings={**scenario.settings, "strict": 0},
     )

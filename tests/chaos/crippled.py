@@ -4,7 +4,8 @@
 - fence: emit does not ask who owns a request;
 - order: nor which token comes next, and gateways take what comes;
 - sequence: gateways hand on whatever comes, as it comes;
-- refill: gateways do not read from the log what they missed.
+- refill: gateways do not read from the log what they missed;
+- recovery: gateways do not queue again what Redis has lost.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shared.store
 from gateway import hub
 from realtime_serve import cli
 from shared import messages
+from shared.errors import LogExpired
 
 
 def without_fence() -> None:
@@ -67,6 +69,15 @@ def without_refill() -> None:
     hub.Subscription.resync = lambda self: None  # type: ignore[method-assign]
 
 
+def without_recovery() -> None:
+    """What Redis has lost is lost."""
+
+    async def recover(self: hub.Subscription) -> None:
+        raise LogExpired(self.rid)
+
+    hub.Subscription._recover = recover  # type: ignore[method-assign]
+
+
 def _accept_all(self: hub.Subscription, entry: messages.Entry) -> messages.Entry:
     self.last = max(self.last, entry.seq)
     return entry
@@ -84,6 +95,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "order": without_order,
     "sequence": without_sequence,
     "refill": without_refill,
+    "recovery": without_recovery,
 }
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class Load:
     @asynccontextmanager
     async def running(self, lanes: int = 2, least: int = 0) -> AsyncIterator[None]:
         """Keeps lanes * GROUP streams under way while the body runs, and `least` in all."""
-        async with self._connected(), asyncio.TaskGroup() as tasks:
+        async with self.connected(), asyncio.TaskGroup() as tasks:
             self._stopping = False
             for _ in range(lanes):
                 tasks.create_task(self._lane(least))
@@ -160,7 +160,7 @@ class Load:
 
     async def play(self, streams: list[Stream]) -> None:
         """These streams, all at once, to their ends."""
-        async with self._connected(), asyncio.TaskGroup() as tasks:
+        async with self.connected(), asyncio.TaskGroup() as tasks:
             for stream in streams:
                 tasks.create_task(self.one(stream))
 
@@ -237,7 +237,7 @@ class Load:
     # -- lanes --
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[None]:
+    async def connected(self) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=1, sock_read=3)
         connector = aiohttp.TCPConnector(
             limit=0, force_close=True, socket_factory=_narrow_socket if self._narrow else None

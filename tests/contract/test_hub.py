@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import gateway.hub
 from gateway.hub import Hub, Subscription
+from gateway.recovery import Recovery
 from shared import keys, messages
 from shared.errors import LogExpired, StoreUnavailable
 from shared.messages import Entry, Token, Tokens
@@ -223,6 +225,90 @@ async def test_a_request_that_vanished_ends_with_an_error(watchful: Hub, store: 
     with pytest.raises(LogExpired):
         await read_all(reader)
     reader.close()
+
+
+async def recoverable(hub: Hub, store: Store, **changed: float) -> Subscription:
+    """A reader whose request the gateway can queue again."""
+    reader = await hub.subscribe(RID)
+    reader.recovery = Recovery(
+        messages.Request(1, RID, "echo", "1", "someone", [1, 2], messages.Sampling(9)),
+        functools.partial(
+            store.enqueue,
+            cls="normal",
+            grace_ms=5000,
+            keep_ms=5000,
+            attempt="a1",
+            queue_limit=0,
+            queue_bytes=0,
+            resumable=False,
+        ),
+        **{"ends_at": asyncio.get_running_loop().time() + 30, "keep_s": 5, **changed},
+    )
+    return reader
+
+
+async def test_a_request_that_redis_lost_is_queued_again(watchful: Hub, store: Store) -> None:
+    reader = await recoverable(watchful, store)
+    await write(store, 1)
+    await write(store, 2, 2)
+    assert [(await reader.next()).seq for _ in range(2)] == [1, 3]
+    reading = asyncio.create_task(read_all(reader))
+    await store.client.flushall()
+    await until(lambda: watchful.recoveries)
+    take = await store.take("echo@1", "e1", 4, lease_ms=3000, aging_ms=30_000)
+    assert [(taken.rid, taken.seq) for taken in take.requests] == [(RID, 3)]
+    (entry,) = await store.read_log(RID, 0)
+    assert entry == Entry(3, Tokens(1, 1, [Token(0, n, str(n)) for n in (1, 2, 3)]))
+    ttl = await store.client.pttl(keys.log(RID))
+    assert 300_000 < ttl <= 330_001
+    await write(store, 4)
+    await end(store, 4)
+    assert await reading == ([4], "stop")
+    assert watchful.recoveries == 1
+    await store.client.flushall()
+
+
+@pytest.mark.parametrize("late", [{"ends_at": 0.0}, {"keep_s": 0.0}])
+async def test_what_may_have_ended_since_is_not_queued_again(
+    watchful: Hub, store: Store, late: dict[str, float]
+) -> None:
+    reader = await recoverable(watchful, store, **late)
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    await store.client.flushall()
+    with pytest.raises(LogExpired):
+        await read_all(reader)
+    assert await store.client.exists(keys.request(RID)) == 0
+    reader.close()
+
+
+async def test_what_ended_and_lost_its_log_is_not_queued_again(
+    watchful: Hub, store: Store
+) -> None:
+    reader = await recoverable(watchful, store)
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    await end(store, 1, live=False)
+    await store.client.delete(keys.log(RID))
+    with pytest.raises(LogExpired):
+        await read_all(reader)
+    reader.close()
+    await clean(store)
+
+
+async def test_what_came_again_meanwhile_is_gone_on_with(watchful: Hub, store: Store) -> None:
+    reader = await recoverable(watchful, store)
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    reading = asyncio.create_task(read_all(reader))
+    await until(lambda: reader.waits)
+    await store.client.flushall()
+    await write(store, 1)
+    await write(store, 2)
+    await end(store, 2)
+    assert await reading == ([2], "stop")
+    assert watchful.recoveries == 0
+    await clean(store)
 
 
 async def test_a_request_that_ended_and_whose_log_is_gone_is_an_error_at_once(

@@ -1021,6 +1021,61 @@ async def test_only_an_open_request_of_the_caller_is_left(store: Store) -> None:
     assert await field(store, "r1", "unheard") is None
 
 
+# -- enqueue of what was lost ---------------------------------------------------------------------
+
+
+def had(count: int) -> list[messages.Token]:
+    return [messages.Token(0, n, f"t{n}") for n in range(1, count + 1)]
+
+
+async def put_again(store: Store, rid: str, count: int, attempt: str = "first") -> Enqueued:
+    return await store.enqueue(
+        make_request(rid, "alice", 3),
+        cls="normal",
+        timeout_ms=MINUTE,
+        grace_ms=MINUTE,
+        keep_ms=30_000,
+        attempt=attempt,
+        queue_limit=0,
+        queue_bytes=0,
+        resumable=False,
+        had=had(count),
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 512, 1025])
+async def test_what_was_lost_goes_on_after_its_tokens(store: Store, count: int) -> None:
+    # However full the queue is, and whether its version is open: it had been accepted.
+    await store.client.delete(keys.is_open(MV))
+    assert await put_again(store, "r1", count) == Enqueued("accepted")
+    entries = await store.read_log("r1", 0)
+    assert [t for e in entries for t in e.event.tokens] == had(count)
+    assert [e.seq for e in entries] == [min(n + 512, count) for n in range(0, count, 512)]
+    (taken,) = (await take(store)).requests
+    assert (taken.epoch, taken.seq) == (1, count)
+    assert await emit(store, emission("r1", first=count + 1, reason="stop")) == [Emitted("ok")]
+    assert (await end_of(store, "r1")).reason == "stop"
+    assert await field(store, "r1", "seq") == str(count + 1)
+
+
+async def test_what_was_not_lost_is_left_as_it_is(store: Store) -> None:
+    await put(store, "r1", attempt="first")
+    await begin(store)
+    assert await put_again(store, "r1", 5) == Enqueued("accepted")
+    assert (await put_again(store, "r1", 5, "other")).outcome == "attached"
+    assert await field(store, "r1", "seq") == "1"
+    assert len(await store.read_log("r1", 0)) == 1
+    assert (await counts(store))["waiting"] == 0
+
+
+async def test_an_owner_of_what_was_lost_is_fenced(store: Store) -> None:
+    await put(store, "r1", attempt="first")
+    await begin(store)
+    await store.client.flushall()
+    await put_again(store, "r1", 1)
+    assert await emit(store, emission("r1", first=2)) == [Emitted("fenced")]
+
+
 # -- cancel, expire, release, depart --------------------------------------------------------------
 
 

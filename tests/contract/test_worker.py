@@ -377,6 +377,19 @@ async def test_a_lost_reply_loses_and_repeats_nothing(
     await flaky.close()
 
 
+async def test_an_epoch_that_redis_gives_twice_is_handed_back(opened: Store) -> None:
+    """It lost that it gave it: what was computed in the first must not pass for the second's."""
+    async with worker(opened, step_ms=20) as rig:
+        await submit(opened, "r", tokens=40)
+        await until(lambda: any(s.emission().last > 5 for s in rig.outbox.streams.values()))
+        await opened.client.flushall()
+        await opened.client.set(keys.is_open(MV), "1")
+        await submit(opened, "r", tokens=40)
+        ids, _, _ = await result(opened, "r")
+        assert ids == expected(40)
+        assert await opened.client.hget(keys.request("r"), "own") == b"3:e1"
+
+
 async def test_while_redis_is_away_tokens_wait_and_memory_is_bounded(own_server: Any) -> None:
     store = Store(connect(own_server.url, timeout_s=0.2))
     patient = Store(connect(own_server.url, timeout_s=5))

@@ -358,7 +358,7 @@ def metrics() -> dict[str, frozenset[str]]:
 class _Nothing:
     """Stands for what is never asked: a gateway that knows no models, and no Redis."""
 
-    gaps = 0
+    gaps = recoveries = 0
 
     def served(self) -> list[Any]:
         return []

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from gateway_site import Site, letters, open_site, until
+from lost_writes import LostWrites
+from redis.exceptions import RedisError
 
 from gateway.app import Server, create_app
 from gateway.models import LOOK_AGAIN_S
@@ -90,6 +92,41 @@ async def test_a_stream_survives_a_restart(own: RedisServer) -> None:
         assert events[-1].data == "[DONE]"
 
 
+@pytest.mark.parametrize("path", ["/infer_stream", "/infer"])
+@pytest.mark.parametrize("lost", ["request", "ownership", "tokens"])
+async def test_what_redis_acknowledged_and_lost_goes_on(
+    own: RedisServer, lost: str, path: str
+) -> None:
+    async with open_site(own.url) as site:
+        worker = site.worker
+        worker.step_s = 0.02
+        await asyncio.sleep(0.1)
+        before = LostWrites(own)
+        worker.room = 0 if lost == "ownership" else 64
+        post = asyncio.create_task(site.post(path, {**BODY, "max_tokens": 60}))
+        if lost == "ownership":
+            await until(lambda: _counts(site, 1, 0))
+            await asyncio.sleep(0.1)
+            before = LostWrites(own)
+            worker.room = 64
+        if lost == "tokens":
+            await until(lambda: any(running.seq > 5 for running in worker.running.values()))
+            before = LostWrites(own)
+        await until(lambda: any(running.seq > 10 for running in worker.running.values()))
+        assert before.kill() > 0
+        own.restart()
+        status, reply, _ = await post
+        assert status == 200
+        if path == "/infer":
+            assert reply["text"] == letters(5, 60)
+        else:
+            assert "".join(e.data["text"] for e in reply[:-2]) == letters(5, 60)
+            assert [e.id for e in reply[:-2]] == list(range(1, 61))
+            assert reply[-1].data == "[DONE]"
+        assert site.edge.hub.recoveries == (1 if lost == "request" else 0)
+        await until(lambda: _idle(site))
+
+
 async def test_a_gateway_starts_without_redis(tmp_path: Path) -> None:
     binary, _ = find_binary()
     plan = ServerPlan.make(binary, tmp_path)
@@ -133,7 +170,15 @@ async def _is_ready(port: int) -> bool:
 
 
 async def _idle(site: Site) -> bool:
-    return await site.counts() == (0, 0)
+    return await _counts(site, 0, 0)
+
+
+async def _counts(site: Site, waiting: int, running: int) -> bool:
+    try:
+        return await site.counts() == (waiting, running)
+    except RedisError:
+        # It has just been started again.
+        return False
 
 
 async def test_a_cancelled_call_always_comes_back(site: Site) -> None:

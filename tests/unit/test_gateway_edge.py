@@ -186,7 +186,7 @@ def test_the_expected_wait_is_by_the_latest_pace() -> None:
 def make_metrics() -> Metrics:
     models: Any = SimpleNamespace(served=list)
     census: Any = SimpleNamespace()
-    hub: Any = SimpleNamespace(gaps=3)
+    hub: Any = SimpleNamespace(gaps=3, recoveries=2)
     return Metrics(models, census, hub)
 
 
@@ -223,6 +223,7 @@ def test_the_number_of_series_is_bounded() -> None:
     assert text.count("rts_prompt_tokens_total{") <= 513
     assert text.count("rts_rate_limited_total{") <= 513
     assert "rts_stream_gaps_total 3.0" in text
+    assert "rts_stream_recoveries_total 2.0" in text
 
 
 def test_the_description_of_the_api_is_whole() -> None:

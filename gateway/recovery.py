@@ -1,0 +1,96 @@
+"""Queues a request again that Redis has lost, with the tokens that its client already has.
+
+A server that is killed while it syncs its append-only file, a failover to a replica that lags, a
+FLUSHALL: each takes away the newest that Redis said it had. What was accepted here and is still
+relayed here, this gateway knows: the order, and every token of it that was handed on. The request
+goes on after these, as after the death of a worker; its client sees a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from shared import messages
+from shared.errors import LogExpired, NotReplicated, StoreUnavailable
+from shared.store import Enqueued
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+"""Pause between attempts while Redis is away."""
+
+
+class Enqueue(Protocol):
+    """Queues the request once more."""
+
+    async def __call__(
+        self, request: messages.Request, *, timeout_ms: int, had: Sequence[messages.Token]
+    ) -> Enqueued:
+        """As Store.enqueue, which says the errors, too."""
+        ...
+
+
+class Recovery:
+    """What it takes to queue one request again. A few bytes a token, and the prompt's.
+
+    Args:
+        request: as it was accepted. enqueue: queues it again.
+        ends_at: its deadline, in the event loop's time.
+        keep_s: how long Redis knows a request after its end.
+    """
+
+    def __init__(
+        self, request: messages.Request, enqueue: Enqueue, *, ends_at: float, keep_s: float
+    ) -> None:
+        # Encoded, it is a tenth of what a list of ids takes.
+        self._request = messages.encode(request)
+        self._enqueue = enqueue
+        self._ends_at = ends_at
+        self._keep_s = keep_s
+        self._tokens = bytearray()
+        self._count = 0
+
+    def add(self, tokens: messages.Tokens) -> None:
+        """Tokens that are handed on, one after the other from the first on."""
+        self._tokens += messages.encode(tokens)
+        self._count += 1
+
+    async def run(self, known_at: float) -> None:
+        """Queues it again; waits for a Redis that is away.
+
+        Args:
+            known_at: when Redis last had it, in the event loop's time.
+
+        Raises:
+            LogExpired: it may have ended and been forgotten since then, or its deadline has passed.
+        """
+        clock = asyncio.get_running_loop().time
+        request = messages.decode(self._request, messages.Request)
+        if clock() - known_at > self._keep_s:
+            raise LogExpired(request.rid)
+        had = self._had()
+        while (left := self._ends_at - clock()) > 0:
+            try:
+                answer = await self._enqueue(request, timeout_ms=int(left * 1000) + 1, had=had)
+            except (StoreUnavailable, NotReplicated):
+                await asyncio.sleep(RETRY_S)
+                continue
+            if answer.outcome not in ("accepted", "attached"):
+                break
+            log.warning(
+                "redis lost a request: queued again",
+                extra={"request_id": request.rid, "tokens": len(had)},
+            )
+            return
+        raise LogExpired(request.rid)
+
+    def _had(self) -> list[messages.Token]:
+        # An array of the messages, which stand one behind the other.
+        array = b"\xdd" + self._count.to_bytes(4, "big") + self._tokens
+        found = msgspec.msgpack.decode(array, type=list[messages.Tokens])
+        return [token for event in found for token in event.tokens]
