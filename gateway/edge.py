@@ -136,7 +136,7 @@ class Edge:
             await asyncio.sleep(LOOK_S if self._store_answers else LOOK_S / 5)
 
     async def _look_for_loss(self) -> None:
-        """Lets streams whose requests are not in Redis any more end now, not in silence."""
+        """Looks now, not when it is due, for streams whose requests Redis does not know."""
         identity = await self.store.identity()
         if self._identity not in (b"", identity):
             log.error("redis has lost its data")

@@ -31,6 +31,10 @@ CHECK_S = 5.0
 """How often it is compared after that."""
 RETRY_S = 0.2
 """Pause between attempts to read a log while Redis is away."""
+COME_BACK_S = 3.0
+"""A request that Redis lost is queued again by whoever accepted it, within about a second."""
+RECOVERING = 8
+"""Requests queued again at once: after the loss of all data there may be thousands."""
 PAGE = 512
 """Entries read from a log at once."""
 
@@ -42,7 +46,7 @@ class Subscription:
         last: number of the last token handed out.
         recovery: queues the request again where Redis has lost it; None: that is an error.
         heard_at: when a message came. checked_at: when its log was asked for.
-        known_at: when Redis said that it has the request. All in the event loop's time.
+        known_at: when Redis said that the request waits or runs. All in the event loop's time.
     """
 
     def __init__(
@@ -55,8 +59,8 @@ class Subscription:
         self._live: deque[bytes] = deque()
         self._page: deque[messages.Entry] = deque()
         self._stale = replay
-        # Not in Redis any more; ended, and without a log.
-        self._lost = self._gone = False
+        # Redis does not know it; has ended, as was last heard; and there is nothing more to read.
+        self._lost = self._over = self._gone = False
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._loop = asyncio.get_running_loop()
@@ -125,7 +129,7 @@ class Subscription:
                 if isinstance(entry.event, messages.End) and not entry.event.answered:
                     # Not this one's, perhaps: a repeated Idempotency-Key is subscribed before the
                     # attempt that broke is taken back. The log is of the one that was queued last.
-                    self._stale = True
+                    self._over = self._stale = True
                     continue
             elif self._gone:
                 raise LogExpired(self.rid)
@@ -168,12 +172,42 @@ class Subscription:
         return event.first > self.last + 1
 
     async def _recover(self) -> None:
-        if self.recovery is None:
+        if self._over:
+            # How, Redis does not know any more.
             raise LogExpired(self.rid)
-        await self.recovery.run(max(self.heard_at, self.known_at))
-        self._hub.recoveries += 1
+        if self.recovery is None:
+            await self._come_back()
+        else:
+            async with self._hub.recovering:
+                await self.recovery.run(max(self.heard_at, self.known_at))
+            self._hub.recoveries += 1
+            # Tokens of before that came meanwhile: it goes on after those that were handed on.
+            self._live.clear()
         self.known_at = self._loop.time()
         self._lost, self._stale = False, True
+
+    async def _come_back(self) -> None:
+        """Waits for somebody who knows the request to queue it again."""
+        for _ in range(int(COME_BACK_S / RETRY_S)):
+            await asyncio.sleep(RETRY_S)
+            with suppress(StoreUnavailable):
+                if await self._hub.state(self.rid) is not None:
+                    return
+        raise LogExpired(self.rid)
+
+    def compared(self, state: bytes | None, seq: int) -> None:
+        """What Redis says of its request."""
+        if state is None:
+            self.lost()
+            return
+        self._note(state)
+        if self._over or seq > self.last:
+            self.resync()
+
+    def _note(self, state: bytes) -> None:
+        self._over = state == b"e"
+        if not self._over:
+            self.known_at = self._loop.time()
 
     async def _read_log(self) -> None:
         # Before the read: what is missed while it runs makes it stale again.
@@ -191,9 +225,9 @@ class Subscription:
             self._stale = True
             raise
         if state is not None:
-            self.known_at = self._loop.time()
+            self._note(state)
         self._lost = state is None and not entries
-        self._gone = state == b"e" and not entries
+        self._gone = self._over and not entries
         self._page.extend(entries)
         if len(entries) == PAGE:
             self._stale = True
@@ -223,6 +257,7 @@ class Hub:
     Attributes:
         gaps: messages that were missing and read from a log.
         recoveries: requests that Redis had lost and that were queued again.
+        recovering: how many may be at once.
     """
 
     def __init__(self, url: str, store: Store, *, backlog: int = 1024) -> None:
@@ -230,6 +265,7 @@ class Hub:
         self.backlog = backlog
         self.gaps = 0
         self.recoveries = 0
+        self.recovering = asyncio.Semaphore(RECOVERING)
         self._channels: dict[bytes, _Channel] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._connection = PubSubConnection(
@@ -358,11 +394,5 @@ class Hub:
             for reader in readers:
                 pipe.hmget(keys.request(reader.rid), ["st", "seq"])
             rows = await pipe.execute()
-        now = asyncio.get_running_loop().time()
         for reader, (state, seq) in zip(readers, rows, strict=True):
-            if state is None:
-                reader.lost()
-                continue
-            reader.known_at = now
-            if state == b"e" or int(seq) > reader.last:
-                reader.resync()
+            reader.compared(state, int(seq or 0))

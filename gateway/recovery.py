@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from shared import messages
-from shared.errors import LogExpired, NotReplicated, StoreUnavailable
+from shared.errors import LogExpired, StoreUnavailable
 from shared.store import Enqueued
 
 log = logging.getLogger(__name__)
@@ -29,14 +29,19 @@ class Enqueue(Protocol):
     """Queues the request once more."""
 
     async def __call__(
-        self, request: messages.Request, *, timeout_ms: int, had: Sequence[messages.Token]
+        self,
+        request: messages.Request,
+        *,
+        timeout_ms: int,
+        had: Sequence[messages.Token],
+        strict: bool,
     ) -> Enqueued:
         """As Store.enqueue, which says the errors, too."""
         ...
 
 
 class Recovery:
-    """What it takes to queue one request again. A few bytes a token, and the prompt's.
+    """What it takes to queue one request again. About 17 bytes a token, beside the prompt's.
 
     Args:
         request: as it was accepted. enqueue: queues it again.
@@ -64,7 +69,7 @@ class Recovery:
         """Queues it again; waits for a Redis that is away.
 
         Args:
-            known_at: when Redis last had it, in the event loop's time.
+            known_at: when it last waited or ran in Redis, in the event loop's time.
 
         Raises:
             LogExpired: it may have ended and been forgotten since then, or its deadline has passed.
@@ -74,10 +79,17 @@ class Recovery:
         if clock() - known_at > self._keep_s:
             raise LogExpired(request.rid)
         had = self._had()
+        told = False
         while (left := self._ends_at - clock()) > 0:
             try:
-                answer = await self._enqueue(request, timeout_ms=int(left * 1000) + 1, had=had)
-            except (StoreUnavailable, NotReplicated):
+                answer = await self._once(request, int(left * 1000) + 1, had)
+            except StoreUnavailable as error:
+                if not told:
+                    log.warning(
+                        "a lost request waits to be queued again",
+                        extra={"request_id": request.rid, "error": error.reason},
+                    )
+                    told = True
                 await asyncio.sleep(RETRY_S)
                 continue
             if answer.outcome not in ("accepted", "attached"):
@@ -88,6 +100,19 @@ class Recovery:
             )
             return
         raise LogExpired(request.rid)
+
+    async def _once(
+        self, request: messages.Request, timeout_ms: int, had: list[messages.Token]
+    ) -> Enqueued:
+        # Not strict: it stands in the queue although no replica has it, and can be put back again.
+        call = self._enqueue(request, timeout_ms=timeout_ms, had=had, strict=False)
+        attempt = asyncio.ensure_future(call)
+        try:
+            return await asyncio.shield(attempt)
+        except asyncio.CancelledError:
+            # Its client went. What takes the request back must not come before it.
+            await asyncio.wait([attempt])
+            raise
 
     def _had(self) -> list[messages.Token]:
         # An array of the messages, which stand one behind the other.

@@ -178,8 +178,7 @@ class _Admission:
             if answer.outcome == "attached":
                 subscription.resync()
                 edge.send(edge.store.heard(rid))
-            else:
-                subscription.recovery = self._recovery()
+            subscription.recovery = self._recovery()
             view = answer.view or self._request.view(resumable=self._kept)
             return Ticket(
                 Subject(rid, view, len(self._request.prompt)),

@@ -11,7 +11,7 @@ from shared.errors import DecodeError, LogExpired, StoreUnavailable
 from shared.store import Emission, Store, Taken
 from worker.driver import Driver
 from worker.outbox import Outbox
-from worker.stream import Stream
+from worker.stream import Stream, name_of
 from worker.text import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,8 @@ class Intake:
         for stream in opened:
             if stream is not None:
                 self._outbox.add(stream)
-                self._driver.add(stream.engine_request())
+                if not stream.ended:
+                    self._driver.add(stream.engine_request())
 
     async def _take(self, room: int, *, calm: bool, known: list[str] | None = None) -> list[Taken]:
         now = asyncio.get_running_loop().time()
@@ -198,21 +199,27 @@ class Intake:
         return take.requests
 
     async def _unknown(self, taken: list[Taken]) -> list[Taken]:
-        """Those whose ownership is a new one; the others are handed back, to come with the next.
+        """Those whose ownership is a new one; the others are handed back, to come with a later one.
 
         Redis gives an epoch twice where it has lost that it gave it: what this engine may still say
         in the first one must be told from the second.
         """
-        again = [(t.rid, t.epoch) for t in taken if t.epoch <= self._epochs.get(t.rid, 0)]
+        again = [item for item in taken if self._had(item)]
         if again:
             log.warning("redis lost what was taken", extra={"requests": len(again)})
-            await self._store.release(self._mv, self._engine, again)
+            await self._store.release(self._mv, self._engine, [(t.rid, t.epoch) for t in again])
+            # They come back here where there is nobody else.
+            self._left += len(again)
         for item in taken:
-            self._epochs.pop(item.rid, None)
-            self._epochs[item.rid] = item.epoch
+            self._epochs[item.rid] = max(item.epoch, self._epochs.pop(item.rid, 0))
         while len(self._epochs) > KNOWN_EPOCHS:
             del self._epochs[next(iter(self._epochs))]
-        return [item for item in taken if (item.rid, item.epoch) not in again]
+        return [item for item in taken if item not in again]
+
+    def _had(self, taken: Taken) -> bool:
+        # What runs may have been taken too long ago to be remembered.
+        runs = name_of(taken.rid, taken.epoch) in self._outbox.streams
+        return runs or taken.epoch <= self._epochs.get(taken.rid, 0)
 
     async def _open(self, taken: Taken) -> Stream | None:
         """Reads a body and what earlier owners generated; only now, as its owner."""

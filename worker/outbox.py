@@ -52,6 +52,9 @@ class Outbox:
     def add(self, stream: Stream) -> None:
         """A stream that this worker took."""
         self.streams[stream.name] = stream
+        if stream.ended:
+            # No step of it will wake `run`.
+            self._stepped.set()
 
     @property
     def calm(self) -> bool:

@@ -57,6 +57,9 @@ class Stream:
             self._text.push(token.id)
         self._taken_at = time.monotonic()
         self._first_at = 0.0
+        if self._text.stopped:
+            # Its end was lost, and its last tokens were not.
+            self.end("stop")
 
     @property
     def ended(self) -> bool:

@@ -63,8 +63,6 @@ if #ARGV > 15 then
     redis.call('XADD', log, ARGV[i] .. '-0', 'd', ARGV[i + 1])
   end
   redis.call('PEXPIREAT', log, int(deadline + 300000))
-  -- When they came is lost, too.
-  redis.call('HSET', key, 't2', int(now))
 end
 redis.call('ZADD', 'rts:due', int(deadline), rid)
 local wake = 'rts:wake:' .. mv

@@ -8,11 +8,11 @@ import time
 from typing import Any
 
 import aiohttp
+from lost_writes import LostWrites
 
 from chaos.load import Stream
 from chaos.play import Scenario, Stage, Stalls
 from chaos.world import is_stopped
-from lost_writes import LostWrites
 
 MOST_REFUSAL_S = 1.0
 

@@ -340,7 +340,7 @@ class Model:
             if not lane:
                 del self.lanes[job.cls][job.caller]
 
-    def enqueue(self, job: Job) -> str:
+    def enqueue(self, job: Job, *, was_accepted: bool = False) -> str:
         if job.rid in self.jobs:
             old = self.jobs[job.rid]
             if (old.caller, old.digest) != (job.caller, job.digest):
@@ -348,7 +348,8 @@ class Model:
             if old.state != "e" or old.reason in ("stop", "length"):
                 return "attached"
         waits = any(other.caller == job.caller for other in self.heads[job.cls])
-        if len(self.waiting(job.cls)) >= self.limit * (1 if waits else 2):
+        room = self.limit * (1 if waits else 2)
+        if not was_accepted and len(self.waiting(job.cls)) >= room:
             return "full"
         if job.rid in self.jobs:
             old = self.jobs.pop(job.rid)

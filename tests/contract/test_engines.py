@@ -132,6 +132,15 @@ def test_the_context_ends_a_sequence(make: Make) -> None:
     assert (len(tokens), finish) == (1, "length")
 
 
+@pytest.mark.parametrize("most", [3, 1000])
+def test_what_had_its_end_before_it_came_ends_at_once(make: Make, most: int) -> None:
+    """Its end was lost, its last token was not."""
+    engine = make(context=64)
+    length = 10 if most == 3 else 61
+    engine.add(EngineRequest("a", [5] * length, SamplingParams(most), generated=[6] * 3))
+    assert drain(engine) == {"a": ([], "length")}
+
+
 def test_stop_ids_end_a_sequence_and_are_included(make: Make) -> None:
     engine = make()
     engine.add(ask("free", 30, seed=4))
@@ -160,7 +169,7 @@ def test_an_end_at_the_last_token_is_a_stop(make: Make) -> None:
         (EngineRequest("a", [5, -1], SamplingParams(3)), "vocabulary"),
         (EngineRequest("a", [5], SamplingParams(3), generated=[100000]), "vocabulary"),
         (EngineRequest("a", [5] * 256, SamplingParams(3)), "context"),
-        (EngineRequest("a", [5] * 250, SamplingParams(300), generated=[5] * 6), "context"),
+        (EngineRequest("a", [5] * 250, SamplingParams(300), generated=[5] * 7), "context"),
         (EngineRequest("a", [5], SamplingParams(0)), "max_tokens"),
         (EngineRequest("known", [5], SamplingParams(3)), "already"),
     ],

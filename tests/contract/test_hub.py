@@ -241,6 +241,8 @@ async def recoverable(hub: Hub, store: Store, **changed: float) -> Subscription:
             queue_limit=0,
             queue_bytes=0,
             resumable=False,
+            # There is no replica: for what had been accepted that is no reason to wait.
+            strict=True,
         ),
         **{"ends_at": asyncio.get_running_loop().time() + 30, "keep_s": 5, **changed},
     )
@@ -282,9 +284,7 @@ async def test_what_may_have_ended_since_is_not_queued_again(
     reader.close()
 
 
-async def test_what_ended_and_lost_its_log_is_not_queued_again(
-    watchful: Hub, store: Store
-) -> None:
+async def test_what_ended_and_lost_its_log_is_not_queued_again(watchful: Hub, store: Store) -> None:
     reader = await recoverable(watchful, store)
     await write(store, 1)
     assert (await reader.next()).seq == 1
@@ -296,19 +296,103 @@ async def test_what_ended_and_lost_its_log_is_not_queued_again(
     await clean(store)
 
 
-async def test_what_came_again_meanwhile_is_gone_on_with(watchful: Hub, store: Store) -> None:
-    reader = await recoverable(watchful, store)
+@pytest.mark.parametrize("how", ["heard", "read", "compared"])
+async def test_what_ended_before_it_was_lost_is_not_queued_again(
+    hub: Hub, store: Store, how: str
+) -> None:
+    reader = await recoverable(hub, store)
     await write(store, 1)
     assert (await reader.next()).seq == 1
-    reading = asyncio.create_task(read_all(reader))
-    await until(lambda: reader.waits)
+    if how == "heard":
+        # It waits in the queue of a slow reader.
+        await end(store, 1, reason="cancelled")
+        await until(lambda: reader.lagging == 1)
+    else:
+        # The end is not on the first page of the log.
+        for n in range(gateway.hub.PAGE):
+            await write(store, 2 + n, live=False)
+        await end(store, 1 + gateway.hub.PAGE, live=False, reason="cancelled")
+        if how == "compared":
+            await store.client.delete(keys.log(RID))
+            reader.compared(b"e", 0)
+        else:
+            reader.resync()
+            assert (await reader.next()).seq == 2
     await store.client.flushall()
+    reader.resync()
+    with pytest.raises(LogExpired):
+        await read_all(reader)
+    assert await store.client.exists(keys.request(RID)) == 0
+    reader.close()
+
+
+async def test_a_message_says_that_it_is_not_lost(hub: Hub, store: Store) -> None:
+    reader = await recoverable(hub, store)
+    reader.lost()
     await write(store, 1)
+    await until(lambda: reader.lagging == 1)
+    await end(store, 1)
+    assert await read_all(reader) == ([1], "stop")
+    assert hub.recoveries == 0
+    await clean(store)
+
+
+async def test_who_cannot_queue_it_again_waits_for_who_can(watchful: Hub, store: Store) -> None:
+    reader = await watchful.subscribe(RID)
+    other = await recoverable(watchful, store)
+    await write(store, 1)
+    for one in (reader, other):
+        assert (await one.next()).seq == 1
+    reading = [asyncio.create_task(read_all(one)) for one in (reader, other)]
+    await store.client.flushall()
+    await until(lambda: watchful.recoveries)
+    await write(store, 2)
+    await end(store, 2)
+    for one in reading:
+        assert await one == ([2], "stop")
+    await store.client.flushall()
+
+
+async def test_tokens_of_before_that_come_late_are_not_handed_on(hub: Hub, store: Store) -> None:
+    reader = await recoverable(hub, store)
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    enqueue = reader.recovery._enqueue  # type: ignore[union-attr]
+
+    async def late(*args: Any, **options: Any) -> Any:
+        reader.feed(b"2-0 " + messages.encode(Tokens(1, 2, [Token(0, 99, "another")])))
+        return await enqueue(*args, **options)
+
+    reader.recovery._enqueue = late  # type: ignore[union-attr]
+    await store.client.flushall()
+    reader.lost()
+    reading = asyncio.create_task(read_all(reader))
+    await until(lambda: hub.recoveries)
     await write(store, 2)
     await end(store, 2)
     assert await reading == ([2], "stop")
-    assert watchful.recoveries == 0
-    await clean(store)
+    await store.client.flushall()
+
+
+async def test_whose_client_goes_is_queued_before_it_is_taken_back(hub: Hub, store: Store) -> None:
+    reader = await recoverable(hub, store)
+    enqueue, begun = reader.recovery._enqueue, asyncio.Event()  # type: ignore[union-attr]
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        begun.set()
+        await asyncio.sleep(0.1)
+        return await enqueue(*args, **options)
+
+    reader.recovery._enqueue = slow  # type: ignore[union-attr]
+    reader.lost()
+    reading = asyncio.create_task(reader.next())
+    await begun.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert await store.cancel(RID, "someone") == "cancelled"
+    reader.close()
+    await store.client.flushall()
 
 
 async def test_a_request_that_ended_and_whose_log_is_gone_is_an_error_at_once(

@@ -101,7 +101,9 @@ class Machine(RuleBasedStateMachine):
 
     # -- gateways --
 
-    def _put(self, request: messages.Request, cls: int, timeout_ms: int) -> str:
+    def _put(
+        self, request: messages.Request, cls: int, timeout_ms: int, had: list[str] | None = None
+    ) -> str:
         answer = self.do(
             self.store.enqueue(
                 request,
@@ -113,6 +115,7 @@ class Machine(RuleBasedStateMachine):
                 queue_limit=QUEUE_LIMIT,
                 queue_bytes=10**6,
                 resumable=False,
+                had=None if had is None else [messages.Token(0, 1, text) for text in had],
             )
         )
         job = Job(
@@ -125,9 +128,10 @@ class Machine(RuleBasedStateMachine):
             deadline=self.model.now + timeout_ms,
             grace=1000,
             prompt=len(request.prompt),
+            tokens=list(had or []),
         )
         before = len(self.model.waiting(cls))
-        assert answer.outcome == self.model.enqueue(job)
+        assert answer.outcome == self.model.enqueue(job, was_accepted=had is not None)
         if answer.outcome == "full":
             assert answer.waiting == before
         return answer.outcome
@@ -144,6 +148,14 @@ class Machine(RuleBasedStateMachine):
                 self.requests[request.rid] = request
                 if heard:
                     self.listener(len(self.requests) - 1)
+
+    @rule(caller=callers, cls=classes, timeout_ms=lifetimes, tokens=st.integers(0, 3))
+    def enqueue_lost(self, caller: str, cls: int, timeout_ms: int, tokens: int) -> None:
+        """A gateway puts back what Redis has lost."""
+        request = make_request(f"r{len(self.requests)}", caller, 1 + len(self.requests) % 3)
+        had = [f"before.{number}" for number in range(tokens)]
+        assert self._put(request, cls, timeout_ms, had) == "accepted"
+        self.requests[request.rid] = request
 
     def _rid(self, pick: int) -> str:
         return list(self.requests)[pick % len(self.requests)]

@@ -106,6 +106,7 @@ async def enqueue(store: Store, request: Request, **options: Any) -> None:
         queue_limit=10_000,
         queue_bytes=10**9,
         resumable=False,
+        had=options.pop("had", None),
     )
     assert answer.outcome == "accepted"
 
@@ -361,6 +362,53 @@ class Flaky(Store):
             self.lose.discard("emit")
             raise StoreUnavailable("lost reply")
         return reply
+
+
+async def test_an_epoch_is_new_if_it_is_higher_than_all_before(opened: Store) -> None:
+    rig = Rig(opened, "e1", 8, 1.0)
+
+    async def is_new(epoch: int) -> bool:
+        return bool(await rig.intake._unknown([Taken("R", epoch, b"", 0, 1, 0, 0, 0)]))
+
+    assert [await is_new(epoch) for epoch in (3, 1, 3, 4)] == [True, False, False, True]
+    # What runs for long may have been forgotten.
+    owned(rig, 7)
+    rig.intake._epochs.clear()
+    assert [await is_new(epoch) for epoch in (7, 8)] == [False, True]
+
+
+async def test_the_last_engine_waits_for_what_it_handed_back(opened: Store) -> None:
+    """Its epoch had come before; nobody else would take it."""
+    rig = Rig(opened, "e1", 8, 1.0)
+    rig.intake._epochs["r"] = 1
+    await submit(opened, "r")
+    rig.intake.finish()
+    await rig.intake.run()
+    assert [stream.name for stream in rig.outbox.streams.values()] == ["r:3"]
+    await opened.cancel("r", "")
+
+
+async def test_an_end_that_redis_lost_is_said_again(opened: Store) -> None:
+    """Its last tokens are there: nothing is left to be generated."""
+    async with worker(opened) as rig:
+        text = "".join(t.text for t in (await tokens_of(opened, "whole", 12)))
+        stop = text[3:7]
+        had = await tokens_of(opened, "stopped", 12, stop=[stop])
+        await opened.client.flushall()
+        await opened.client.set(keys.is_open(MV), "1")
+        sampling = Sampling(12, seed=7, stop=[stop])
+        request = Request(1, "stopped", "echo", "1", "someone", [1, 2, 3], sampling)
+        await enqueue(opened, request, had=had)
+        ids, _, end = await result(opened, "stopped")
+        assert (ids, end.reason) == ([t.id for t in had], "stop")
+        assert not rig.outbox.streams
+
+
+async def tokens_of(store: Store, rid: str, count: int, **options: Any) -> list[messages.Token]:
+    await submit(store, rid, tokens=count, **options)
+    await until_state(store, rid, b"e")
+    entries = await store.read_log(rid, 0)
+    return [t for e in entries if isinstance(e.event, messages.Tokens) for t in e.event.tokens]
 
 
 @pytest.mark.parametrize("call", ["take", "emit"])

@@ -20,8 +20,8 @@ PLACES = 4
 """Of the engine: as many run, the others wait."""
 TOKENS = 300
 """Three seconds of a stream."""
-NOTICED_S = 2.5
-"""A gateway looks once a second; silent streams alone are looked at every five."""
+NOTICED_S = 5.5
+"""A gateway looks once a second, and gives others three to queue it again."""
 
 
 @pytest.fixture

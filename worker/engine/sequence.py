@@ -93,7 +93,8 @@ def check_request(request: EngineRequest, info: EngineInfo, known: Container[str
 
     Raises:
         ValueError: the rid is known, the prompt is empty, an id is out of the vocabulary, prompt +
-            generated leaves no room in the context, or `max_tokens` is below 1.
+            generated do not fit into the context, or the prompt leaves no room in it, or
+            `max_tokens` is below 1.
     """
     if request.rid in known:
         raise ValueError(f"rid {request.rid!r} is already in the engine")
@@ -105,7 +106,8 @@ def check_request(request: EngineRequest, info: EngineInfo, known: Container[str
         if ids and not (min(ids) >= 0 and max(ids) < info.vocab_size):
             raise ValueError(f"a token id is outside the vocabulary of {info.vocab_size}")
     length = len(request.prompt) + len(request.generated)
-    if length >= info.context_length:
+    # With tokens that fill it, it has ended already.
+    if max(length - 1, len(request.prompt)) >= info.context_length:
         raise ValueError(
             f"{length} tokens leave no room in the context of {info.context_length} tokens"
         )
