@@ -178,8 +178,7 @@ class Subscription:
         if self.recovery is None:
             await self._come_back()
         else:
-            async with self._hub.recovering:
-                await self.recovery.run(max(self.heard_at, self.known_at))
+            await self.recovery.run(max(self.heard_at, self.known_at), self._hub.recovering)
             self._hub.recoveries += 1
             # Tokens of before that came meanwhile: it goes on after those that were handed on.
             self._live.clear()
@@ -188,11 +187,14 @@ class Subscription:
 
     async def _come_back(self) -> None:
         """Waits for somebody who knows the request to queue it again."""
-        for _ in range(int(COME_BACK_S / RETRY_S)):
+        waited_s = 0.0
+        while waited_s < COME_BACK_S:
             await asyncio.sleep(RETRY_S)
             with suppress(StoreUnavailable):
-                if await self._hub.state(self.rid) is not None:
+                if (await self._hub.state(self.rid))[0] is not None:
                     return
+                # While Redis is away nobody can.
+                waited_s += RETRY_S
         raise LogExpired(self.rid)
 
     def compared(self, state: bytes | None, seq: int) -> None:
@@ -216,8 +218,10 @@ class Subscription:
             while True:
                 try:
                     # Asked first: what had ended by then has its end in the log.
-                    state = await self._hub.state(self.rid)
-                    entries = await self._hub.store.read_log(self.rid, self.last, PAGE)
+                    state, seq = await self._hub.state(self.rid)
+                    # Where tokens were lost its end may come before what was handed out.
+                    after = min(self.last, seq) if state == b"e" else self.last
+                    entries = await self._hub.store.read_log(self.rid, after, PAGE)
                     break
                 except StoreUnavailable:
                     await asyncio.sleep(RETRY_S)
@@ -333,12 +337,15 @@ class Hub:
         """
         await self._compare([reader for reader in self._readers() if reader.waits])
 
-    async def state(self, rid: str) -> bytes | None:
-        """Whether the request waits, runs or has ended; None: Redis does not know it any more."""
+    async def state(self, rid: str) -> tuple[bytes | None, int]:
+        """Whether the request waits, runs or has ended, and the number of its last token.
+
+        None: Redis does not know it any more.
+        """
         client: Any = self.store.client
         async with unavailable():
-            found: bytes | None = await client.hget(keys.request(rid), "st")
-            return found
+            state, seq = await client.hmget(keys.request(rid), ["st", "seq"])
+        return state, int(seq or 0)
 
     def _readers(self) -> Iterator[Subscription]:
         for channel in self._channels.values():

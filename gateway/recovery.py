@@ -52,6 +52,7 @@ class Recovery:
     def __init__(
         self, request: messages.Request, enqueue: Enqueue, *, ends_at: float, keep_s: float
     ) -> None:
+        self._rid = request.rid
         # Encoded, it is a tenth of what a list of ids takes.
         self._request = messages.encode(request)
         self._enqueue = enqueue
@@ -65,29 +66,29 @@ class Recovery:
         self._tokens += messages.encode(tokens)
         self._count += 1
 
-    async def run(self, known_at: float) -> None:
+    async def run(self, known_at: float, slots: asyncio.Semaphore) -> None:
         """Queues it again; waits for a Redis that is away.
 
         Args:
             known_at: when it last waited or ran in Redis, in the event loop's time.
+            slots: how many may be queued at once.
 
         Raises:
             LogExpired: it may have ended and been forgotten since then, or its deadline has passed.
         """
         clock = asyncio.get_running_loop().time
-        request = messages.decode(self._request, messages.Request)
         if clock() - known_at > self._keep_s:
-            raise LogExpired(request.rid)
-        had = self._had()
+            raise LogExpired(self._rid)
         told = False
         while (left := self._ends_at - clock()) > 0:
             try:
-                answer = await self._once(request, int(left * 1000) + 1, had)
+                async with slots:
+                    answer = await self._once(int(left * 1000) + 1)
             except StoreUnavailable as error:
                 if not told:
                     log.warning(
                         "a lost request waits to be queued again",
-                        extra={"request_id": request.rid, "error": error.reason},
+                        extra={"request_id": self._rid, "error": error.reason},
                     )
                     told = True
                 await asyncio.sleep(RETRY_S)
@@ -96,22 +97,24 @@ class Recovery:
                 break
             log.warning(
                 "redis lost a request: queued again",
-                extra={"request_id": request.rid, "tokens": len(had)},
+                extra={"request_id": self._rid, "entries": self._count},
             )
             return
-        raise LogExpired(request.rid)
+        raise LogExpired(self._rid)
 
-    async def _once(
-        self, request: messages.Request, timeout_ms: int, had: list[messages.Token]
-    ) -> Enqueued:
+    async def _once(self, timeout_ms: int) -> Enqueued:
         # Not strict: it stands in the queue although no replica has it, and can be put back again.
-        call = self._enqueue(request, timeout_ms=timeout_ms, had=had, strict=False)
+        request = messages.decode(self._request, messages.Request)
+        call = self._enqueue(request, timeout_ms=timeout_ms, had=self._had(), strict=False)
         attempt = asyncio.ensure_future(call)
         try:
             return await asyncio.shield(attempt)
         except asyncio.CancelledError:
             # Its client went. What takes the request back must not come before it.
             await asyncio.wait([attempt])
+            if not attempt.cancelled():
+                # Asked for, or asyncio would report it as forgotten.
+                attempt.exception()
             raise
 
     def _had(self) -> list[messages.Token]:

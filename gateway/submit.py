@@ -178,7 +178,9 @@ class _Admission:
             if answer.outcome == "attached":
                 subscription.resync()
                 edge.send(edge.store.heard(rid))
-            subscription.recovery = self._recovery()
+            else:
+                # Not of what was attached to: that may be another version's, and has its deadline.
+                subscription.recovery = self._recovery()
             view = answer.view or self._request.view(resumable=self._kept)
             return Ticket(
                 Subject(rid, view, len(self._request.prompt)),

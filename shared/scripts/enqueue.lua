@@ -19,6 +19,10 @@ local earlier = redis.call('HMGET', key, 'att', 'ep')
 if earlier[1] == ARGV[11] then
   return {0, 0}
 end
+if ARGV[15] and earlier[1] then
+  -- It is not lost, whatever became of it.
+  return {0, 0}
+end
 local there = present(rid, caller, ARGV[5])
 if there then
   return there

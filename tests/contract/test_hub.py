@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -227,11 +228,11 @@ async def test_a_request_that_vanished_ends_with_an_error(watchful: Hub, store: 
     reader.close()
 
 
-async def recoverable(hub: Hub, store: Store, **changed: float) -> Subscription:
+async def recoverable(hub: Hub, store: Store, rid: str = RID, **changed: float) -> Subscription:
     """A reader whose request the gateway can queue again."""
-    reader = await hub.subscribe(RID)
+    reader = await hub.subscribe(rid)
     reader.recovery = Recovery(
-        messages.Request(1, RID, "echo", "1", "someone", [1, 2], messages.Sampling(9)),
+        messages.Request(1, rid, "echo", "1", "someone", [1, 2], messages.Sampling(9)),
         functools.partial(
             store.enqueue,
             cls="normal",
@@ -372,6 +373,69 @@ async def test_tokens_of_before_that_come_late_are_not_handed_on(hub: Hub, store
     await end(store, 2)
     assert await reading == ([2], "stop")
     await store.client.flushall()
+
+
+async def test_who_waits_for_its_turn_is_recovered_after_a_long_outage(
+    hub: Hub, store: Store
+) -> None:
+    hub.recovering = asyncio.Semaphore(1)
+    readers = [await recoverable(hub, store, rid, keep_s=0.3) for rid in ("r1", "r2", "r3")]
+    loop = asyncio.get_running_loop()
+    back_at = loop.time() + 1
+    for reader in readers:
+        enqueue = reader.recovery._enqueue  # type: ignore[union-attr]
+
+        async def away(*args: Any, enqueue: Any = enqueue, **options: Any) -> Any:
+            if loop.time() < back_at:
+                raise StoreUnavailable("no writes yet")
+            return await enqueue(*args, **options)
+
+        reader.recovery._enqueue = away  # type: ignore[union-attr]
+        reader.lost()
+    reading = [asyncio.create_task(reader.next()) for reader in readers]
+    await until(lambda: hub.recoveries == 3)
+    for rid in ("r1", "r2", "r3"):
+        assert await store.client.hget(keys.request(rid), "st") == b"w"
+        await store.cancel(rid, "someone")
+    for entry in await asyncio.gather(*reading):
+        assert isinstance(entry.event, messages.End)
+    await store.client.flushall()
+
+
+async def test_an_end_before_what_was_handed_out_is_found(hub: Hub, store: Store) -> None:
+    reader = await hub.subscribe(RID)
+    await write(store, 1, 3)
+    assert (await reader.next()).seq == 3
+    # Redis lost two of them, and it ended before they came again.
+    await store.client.flushall()
+    await write(store, 1, live=False)
+    await end(store, 1, live=False, reason="cancelled")
+    reader.resync()
+    assert await read_all(reader) == ([], "cancelled")
+    await clean(store)
+
+
+async def test_a_client_that_goes_while_redis_fails_leaves_no_error(hub: Hub, store: Store) -> None:
+    reader = await recoverable(hub, store)
+    begun, reported = asyncio.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+    async def fails(*_: Any, **__: Any) -> Any:
+        begun.set()
+        await asyncio.sleep(0.05)
+        raise StoreUnavailable("gone again")
+
+    reader.recovery._enqueue = fails  # type: ignore[union-attr]
+    reader.lost()
+    reading = asyncio.create_task(reader.next())
+    await begun.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    del reading
+    gc.collect()
+    assert not reported
+    reader.close()
 
 
 async def test_whose_client_goes_is_queued_before_it_is_taken_back(hub: Hub, store: Store) -> None:

@@ -158,13 +158,18 @@ async def test_what_is_not_kept_any_more_is_gone(redis_url: str) -> None:
 async def test_lost_data_ends_a_stream_with_an_error(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where nobody relays it any more who accepted it."""
     monkeypatch.setattr("gateway.hub.SILENT_S", 0.2)
+    monkeypatch.setattr("gateway.hub.COME_BACK_S", 0.5)
     async with open_site(redis_url) as site:
         site.worker.frozen = True
-        reply = await site.http.post(site.url("/infer_stream"), json=BODY)
+        url = site.url("/infer_stream")
+        async with site.http.post(url, json=BODY, headers=RESUMABLE) as reply:
+            rid = reply.headers["X-Request-Id"]
         await until(lambda: site.worker.running)
+        reply = await site.http.get(site.url(f"/requests/{rid}/stream"))
         client: Any = site.store.client
-        await client.delete(keys.request(reply.headers["X-Request-Id"]))
+        await client.delete(keys.request(rid))
         events = read_events(await reply.text())
         assert events[-1].data["error"]["code"] == "log_expired"
 
