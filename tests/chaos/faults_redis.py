@@ -293,10 +293,10 @@ SCENARIOS = (
         **{**_PAIR, "settings": {**_PAIR["settings"], "strict": 0}},
     ),
     Scenario("SCRIPT FLUSH", scripts_flushed),
+    # test_http_outage.py shows the same in `make test`.
     Scenario(
         "Redis kill -9, its last writes lost",
         kill_unwritten,
-        fast=True,
         clip=True,
         tokens=(250, 300),
         # Those of whom no charge is left paid nothing.
