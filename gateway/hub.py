@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from gateway.pubsub import PubSubConnection
-from gateway.recovery import Recovery
+from gateway.recovery import RETRY_S, Recovery
 from shared import keys, messages
 from shared.errors import LogExpired, StoreUnavailable
 from shared.store import Store, unavailable
@@ -29,8 +29,6 @@ SILENT_S = 1.0
 gap."""
 CHECK_S = 5.0
 """How often it is compared after that."""
-RETRY_S = 0.2
-"""Pause between attempts to read a log while Redis is away."""
 COME_BACK_S = 3.0
 """A request that Redis lost is queued again by whoever accepted it, within about a second."""
 RECOVERING = 8
@@ -44,7 +42,7 @@ class Subscription:
 
     Attributes:
         last: number of the last token handed out.
-        recovery: queues the request again where Redis has lost it; None: that is an error.
+        recovery: queues the request again where Redis has lost it; None: somebody else may.
         heard_at: when a message came. checked_at: when its log was asked for.
         known_at: when Redis said that the request waits or runs. All in the event loop's time.
     """

@@ -22,7 +22,7 @@ from shared.store import Enqueued
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
-"""Pause between attempts while Redis is away."""
+"""Pause between attempts, of readers, too, while Redis is away."""
 
 
 class Enqueue(Protocol):
@@ -36,7 +36,7 @@ class Enqueue(Protocol):
         had: Sequence[messages.Token],
         strict: bool,
     ) -> Enqueued:
-        """As Store.enqueue, which says the errors, too."""
+        """As Store.enqueue, which says the errors, too: with `had` it is always accepted."""
         ...
 
 
@@ -83,7 +83,7 @@ class Recovery:
         while (left := self._ends_at - clock()) > 0:
             try:
                 async with slots:
-                    answer = await self._once(int(left * 1000) + 1)
+                    await self._once(int(left * 1000) + 1)
             except StoreUnavailable as error:
                 if not told:
                     log.warning(
@@ -93,8 +93,6 @@ class Recovery:
                     told = True
                 await asyncio.sleep(RETRY_S)
                 continue
-            if answer.outcome not in ("accepted", "attached"):
-                break
             log.warning(
                 "redis lost a request: queued again",
                 extra={"request_id": self._rid, "entries": self._count},
@@ -102,13 +100,13 @@ class Recovery:
             return
         raise LogExpired(self._rid)
 
-    async def _once(self, timeout_ms: int) -> Enqueued:
+    async def _once(self, timeout_ms: int) -> None:
         # Not strict: it stands in the queue although no replica has it, and can be put back again.
         request = messages.decode(self._request, messages.Request)
         call = self._enqueue(request, timeout_ms=timeout_ms, had=self._had(), strict=False)
         attempt = asyncio.ensure_future(call)
         try:
-            return await asyncio.shield(attempt)
+            await asyncio.shield(attempt)
         except asyncio.CancelledError:
             # Its client went. What takes the request back must not come before it.
             await asyncio.wait([attempt])
