@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -228,13 +228,25 @@ async def test_a_request_that_vanished_ends_with_an_error(watchful: Hub, store: 
     reader.close()
 
 
-async def recoverable(hub: Hub, store: Store, rid: str = RID, **changed: float) -> Subscription:
-    """A reader whose request the gateway can queue again."""
+async def recoverable(
+    hub: Hub,
+    store: Store,
+    rid: str = RID,
+    before: Callable[[Subscription], Awaitable[None]] | None = None,
+    **changed: float,
+) -> Subscription:
+    """A reader whose request the gateway can queue again; `before` comes before each attempt."""
     reader = await hub.subscribe(rid)
+
+    async def enqueue(*args: Any, **options: Any) -> Any:
+        if before is not None:
+            await before(reader)
+        return await store.enqueue(*args, **options)
+
     reader.recovery = Recovery(
         messages.Request(1, rid, "echo", "1", "someone", [1, 2], messages.Sampling(9)),
         functools.partial(
-            store.enqueue,
+            enqueue,
             cls="normal",
             grace_ms=5000,
             keep_ms=5000,
@@ -355,16 +367,12 @@ async def test_who_cannot_queue_it_again_waits_for_who_can(watchful: Hub, store:
 
 
 async def test_tokens_of_before_that_come_late_are_not_handed_on(hub: Hub, store: Store) -> None:
-    reader = await recoverable(hub, store)
+    async def late(reader: Subscription) -> None:
+        reader.feed(b"2-0 " + messages.encode(Tokens(1, 2, [Token(0, 99, "another")])))
+
+    reader = await recoverable(hub, store, before=late)
     await write(store, 1)
     assert (await reader.next()).seq == 1
-    enqueue = reader.recovery._enqueue  # type: ignore[union-attr]
-
-    async def late(*args: Any, **options: Any) -> Any:
-        reader.feed(b"2-0 " + messages.encode(Tokens(1, 2, [Token(0, 99, "another")])))
-        return await enqueue(*args, **options)
-
-    reader.recovery._enqueue = late  # type: ignore[union-attr]
     await store.client.flushall()
     reader.lost()
     reading = asyncio.create_task(read_all(reader))
@@ -379,22 +387,20 @@ async def test_who_waits_for_its_turn_is_recovered_after_a_long_outage(
     hub: Hub, store: Store
 ) -> None:
     hub.recovering = asyncio.Semaphore(1)
-    readers = [await recoverable(hub, store, rid, keep_s=0.3) for rid in ("r1", "r2", "r3")]
     loop = asyncio.get_running_loop()
     back_at = loop.time() + 1
+
+    async def away(_: Subscription) -> None:
+        if loop.time() < back_at:
+            raise StoreUnavailable("no writes yet")
+
+    rids = ("r1", "r2", "r3")
+    readers = [await recoverable(hub, store, rid, away, keep_s=0.3) for rid in rids]
     for reader in readers:
-        enqueue = reader.recovery._enqueue  # type: ignore[union-attr]
-
-        async def away(*args: Any, enqueue: Any = enqueue, **options: Any) -> Any:
-            if loop.time() < back_at:
-                raise StoreUnavailable("no writes yet")
-            return await enqueue(*args, **options)
-
-        reader.recovery._enqueue = away  # type: ignore[union-attr]
         reader.lost()
     reading = [asyncio.create_task(reader.next()) for reader in readers]
     await until(lambda: hub.recoveries == 3)
-    for rid in ("r1", "r2", "r3"):
+    for rid in rids:
         assert await store.client.hget(keys.request(rid), "st") == b"w"
         await store.cancel(rid, "someone")
     for entry in await asyncio.gather(*reading):
@@ -416,16 +422,15 @@ async def test_an_end_before_what_was_handed_out_is_found(hub: Hub, store: Store
 
 
 async def test_a_client_that_goes_while_redis_fails_leaves_no_error(hub: Hub, store: Store) -> None:
-    reader = await recoverable(hub, store)
     begun, reported = asyncio.Event(), []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
 
-    async def fails(*_: Any, **__: Any) -> Any:
+    async def fails(_: Subscription) -> None:
         begun.set()
         await asyncio.sleep(0.05)
         raise StoreUnavailable("gone again")
 
-    reader.recovery._enqueue = fails  # type: ignore[union-attr]
+    reader = await recoverable(hub, store, before=fails)
     reader.lost()
     reading = asyncio.create_task(reader.next())
     await begun.wait()
@@ -440,15 +445,13 @@ async def test_a_client_that_goes_while_redis_fails_leaves_no_error(hub: Hub, st
 
 
 async def test_whose_client_goes_is_queued_before_it_is_taken_back(hub: Hub, store: Store) -> None:
-    reader = await recoverable(hub, store)
-    enqueue, begun = reader.recovery._enqueue, asyncio.Event()  # type: ignore[union-attr]
+    begun = asyncio.Event()
 
-    async def slow(*args: Any, **options: Any) -> Any:
+    async def slow(_: Subscription) -> None:
         begun.set()
         await asyncio.sleep(0.1)
-        return await enqueue(*args, **options)
 
-    reader.recovery._enqueue = slow  # type: ignore[union-attr]
+    reader = await recoverable(hub, store, before=slow)
     reader.lost()
     reading = asyncio.create_task(reader.next())
     await begun.wait()
