@@ -59,28 +59,46 @@ inline void multiply_some(int rows, const T* a, size_t stride, const T* panel, i
     }
 }
 
+// What is fetched while a block is computed: so many lines for each TILE_DEPTH of the inner
+// dimension.
+struct Ahead {
+    const char* from;
+    int lines;
+};
+
+constexpr int LINE = 64;  // bytes
+
+// Of a panel that is used once, what will be used so soon. Of one that several blocks use, each
+// fetches its part of the next panel: the first alone would wait for the memory, and the others
+// leave it idle.
+template <class T>
+Ahead ahead_of(const T* panel, int depth, int block, int blocks) {
+    constexpr int AHEAD_BYTES = 8192, PANEL_LINES = TILE_DEPTH * PANEL * sizeof(T) / LINE;
+    const char* bytes = reinterpret_cast<const char*>(panel);
+    if (blocks == 1) return {bytes + AHEAD_BYTES, PANEL_LINES};
+    const int lines = (PANEL_LINES + blocks - 1) / blocks;
+    const size_t steps = depth / TILE_DEPTH;
+    return {bytes + steps * LINE * (PANEL_LINES + block * lines), lines};
+}
+
 // Up to 32 rows times one panel. out: [32][PANEL]. There must be 32 rows of memory behind `a`.
 template <class T>
 inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
-                           float* out, bool) {
+                           float* out, Ahead) {
     for (int r = 0; r < rows; r += KERNEL_ROWS)
         multiply_some<T>(std::min(KERNEL_ROWS, rows - r), a + r * stride, stride, panel, depth,
                          out + r * PANEL);
 }
 
 #if RTS_TILES
-// Prefetching so far ahead hides the memory's latency at the speed at which tiles are used up.
-constexpr int AHEAD_BYTES = 8192;
-
 template <>
 inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* panel, int depth,
-                           float* out, bool streams) {
+                           float* out, Ahead ahead) {
     const size_t row_bytes = stride * sizeof(bf16);
     constexpr int W = 64, NEXT = TILE_DEPTH * TILE_COLUMNS;
-    auto fetch = [&](const bf16* w) {
-        if (!streams) return;  // it is near already
-        const char* ahead = reinterpret_cast<const char*>(w) + AHEAD_BYTES;
-        for (int i = 0; i < 32 * PANEL * 2; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
+    auto fetch = [&] {
+        for (int i = 0; i < ahead.lines; i++, ahead.from += LINE)
+            _mm_prefetch(ahead.from, _MM_HINT_T1);
     };
     _tile_zero(0);
     _tile_zero(1);
@@ -89,7 +107,7 @@ inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* p
         _tile_zero(3);
         for (int k = 0; k < depth; k += 32) {
             const bf16* w = panel + size_t(k) * PANEL;
-            fetch(w);
+            fetch();
             _tile_loadd(4, a + k, row_bytes);
             _tile_loadd(6, w, W);
             _tile_dpbf16ps(0, 4, 6);
@@ -104,7 +122,7 @@ inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* p
     } else {
         for (int k = 0; k < depth; k += 32) {
             const bf16* w = panel + size_t(k) * PANEL;
-            fetch(w);
+            fetch();
             _tile_loadd(4, a + k, row_bytes);
             _tile_loadd(6, w, W);
             _tile_dpbf16ps(0, 4, 6);
@@ -133,9 +151,11 @@ void multiply(Team& team, int thread, const T* a, size_t stride, int rows, const
         const int panels = (share.last - share.first) / blocks, i = at - share.first;
         const int p = share.first / blocks + i % panels;
         const int block = i / panels * most, end = std::min(rows, block + most);
+        const int parts = (end - block + 31) / 32;
         for (int r = block; r < end; r += 32) {
             const int count = std::min(32, end - r);
-            multiply_block<T>(count, a + r * stride, stride, m.panel(p), m.depth, out, r == block);
+            multiply_block<T>(count, a + r * stride, stride, m.panel(p), m.depth, out,
+                              ahead_of(m.panel(p), m.depth, (r - block) / 32, parts));
             for (int i = 0; i < count; i++) {
                 float* values = out + i * PANEL;
                 if (!m.bias.empty())

@@ -8,6 +8,8 @@ namespace {
 // Rows of one sequence and one head of its cache, attended to by one thread.
 struct Piece {
     int row, count, head;
+    // Of all rows of its sequence in this step: what it looks at, nobody else writes.
+    bool whole;
     int64_t cost;
 };
 
@@ -251,14 +253,19 @@ class Decoder final : public Engine {
     // each thread gets about the same number of keys to look at.
     void plan(const rts_step& s) {
         pieces_.clear();
+        shared_rows_.clear();
         int64_t total = 0;
         for (int r = 0; r < s.rows;) {
             int n = 1;
             while (r + n < s.rows && n < PIECE_ROWS && s.sequence[r + n] == s.sequence[r]) n++;
+            const bool begins = r == 0 || s.sequence[r - 1] != s.sequence[r];
+            const bool ends = r + n == s.rows || s.sequence[r + n] != s.sequence[r];
+            const bool whole = begins && ends;
+            for (int i = 0; i < n && !whole; i++) shared_rows_.push_back(r + i);
             for (int h = 0; h < shape_.kv_heads; h++) {
                 // What a row costs beside its keys is about that of 48 of them.
                 const int64_t cost = int64_t(n) * (s.positions[r + n - 1] + 48);
-                pieces_.push_back({r, n, h, total + cost / 2});
+                pieces_.push_back({r, n, h, whole, total + cost / 2});
                 total += cost;
             }
             r += n;
@@ -287,10 +294,7 @@ class Decoder final : public Engine {
                          for (int j = 0; j < PANEL; j += LANES) store(to + j, load(values + j));
                      });
             team_.barrier();
-            const Share heads(rows * shape_.kv_heads, thread, threads);
-            for (int u = heads.first; u < heads.last; u++)
-                place(s, i, u / shape_.kv_heads, u % shape_.kv_heads);
-            team_.barrier();
+            place_shared(s, i, thread);
             team_.spread(
                 thread, [&](int whose) { return Share(shares_[whose], shares_[whose + 1]); },
                 [&](int p, Share) { attend(s, i, pieces_[p], thread); });
@@ -359,6 +363,16 @@ class Decoder final : public Engine {
         }
     }
 
+    // Places what several pieces look at. What only one looks at is placed by whoever attends to
+    // it: there it is near, and no thread waits for another's.
+    void place_shared(const rts_step& s, int layer, int thread) {
+        if (shared_rows_.empty()) return;
+        const Share own(int(shared_rows_.size()) * shape_.kv_heads, thread, team_.size());
+        for (int u = own.first; u < own.last; u++)
+            place(s, layer, shared_rows_[u / shape_.kv_heads], u % shape_.kv_heads);
+        team_.barrier();
+    }
+
     // Rotates the queries that share a head of keys, and writes that head into the cache.
     void place(const rts_step& s, int layer, int r, int kv_head) {
         const Layer<T>& l = layers_[layer];
@@ -382,6 +396,8 @@ class Decoder final : public Engine {
     }
 
     void attend(const rts_step& s, int layer, const Piece& piece, [[maybe_unused]] int thread) {
+        for (int i = 0; i < piece.count && piece.whole; i++)
+            place(s, layer, piece.row + i, piece.head);
         const rts_layer& asks = layers_[layer].asks;
         const Look look{asks.scale, asks.window, asks.soft_cap};
         const int group = shape_.heads / shape_.kv_heads, size = shape_.head_size;
@@ -458,6 +474,7 @@ class Decoder final : public Engine {
     Array<float> x_, y_, logits_;
     Array<T> h_, qkv_, attention_, ffn_;
     std::vector<Piece> pieces_;
+    std::vector<int> shared_rows_;  // of pieces that are not whole
     std::vector<int> shares_;
     std::vector<Sampler> samplers_;
     std::vector<Best> best_;  // [threads][outs]
