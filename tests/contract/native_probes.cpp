@@ -19,11 +19,12 @@ namespace {
 template <class T>
 void multiply_probe(int rows, int inputs, int outputs, int gate_up, const T* a, const T* weights,
                     const float* bias, float* out) {
+    Memory memory;
     Team team(2);
     const Order order = gate_up ? Order::gate_up : Order::plain;
-    Matrix<T> m = pack(team, weights, outputs, inputs, order);
-    if (bias) m.bias = pack_bias(m, bias, order);
-    Array<T> padded(size_t(round_up(rows, 32)) * m.depth);
+    Matrix<T> m = pack(memory, team, weights, outputs, inputs, order);
+    if (bias) m.bias = pack_bias(memory, m, bias, order);
+    auto padded = memory.zeros<T>(size_t(round_up(rows, 32)) * m.depth);
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < inputs; k++) padded[size_t(r) * m.depth + k] = a[r * inputs + k];
     const int width = m.panels * PANEL;
@@ -41,7 +42,8 @@ template <class T>
 int attention_probe(int tiles, int heads, int kv_heads, int size, int count, int position,
                     int window, float scale, float soft_cap, const int64_t* table, int blocks,
                     const T* q, const T* k, const T* v, T* out) {
-    Cache<T> cache(2, blocks, kv_heads, size);
+    Memory memory;
+    Cache<T> cache(memory, 2, blocks, kv_heads, size);
     const int group = heads / kv_heads, length = position + count;
     for (int t = 0; t < length; t++)
         for (int h = 0; h < kv_heads; h++) {

@@ -19,20 +19,20 @@ template <class T>
 class Cache {
  public:
     Cache() = default;
-    Cache(int layers, int blocks, int kv_heads, int head_size)
+    Cache(Memory& memory, int layers, int blocks, int kv_heads, int head_size)
         : layers_(layers),
           blocks_(blocks),
           heads_(kv_heads),
           head_size_(head_size),
           key_size_(round_up(head_size, 32)),
-          memory_(size_t(layers) * blocks * block_size()) {}
+          numbers_(memory.zeros<T>(size_t(layers) * blocks * block_size())) {}
 
     size_t block_size() const { return size_t(heads_) * (key_size_ + head_size_) * BLOCK; }
     int head_size() const { return head_size_; }
     int key_size() const { return key_size_; }  // padded with zeros to whole tiles
 
     T* keys(int layer, int64_t block, int head) {
-        return memory_.data() + (size_t(layer) * blocks_ + block) * block_size() +
+        return numbers_.data() + (size_t(layer) * blocks_ + block) * block_size() +
                size_t(head) * (key_size_ + head_size_) * BLOCK;
     }
     T* values(int layer, int64_t block, int head) {
@@ -56,7 +56,7 @@ class Cache {
 
  private:
     int layers_ = 0, blocks_ = 0, heads_ = 0, head_size_ = 0, key_size_ = 0;
-    Array<T> memory_;
+    Array<T> numbers_;
 };
 
 }  // namespace rts

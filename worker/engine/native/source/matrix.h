@@ -55,12 +55,12 @@ size_t place_in_panel(int k, int column) {
 }
 
 template <class T>
-Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order) {
+Matrix<T> pack(Memory& memory, Team& team, const T* source, int outputs, int inputs, Order order) {
     Matrix<T> m;
     m.outputs = outputs, m.inputs = inputs, m.depth = round_up(inputs, 32);
     m.panels =
         order == Order::plain ? round_up(outputs, PANEL) / PANEL : round_up(outputs / 2, 16) / 16;
-    m.weights = Array<T>(size_t(m.panels) * PANEL * m.depth);
+    m.weights = memory.zeros<T>(size_t(m.panels) * PANEL * m.depth);
     team.run([&](int thread) {
         Share share(m.panels, thread, team.size());
         for (int p = share.first; p < share.last; p++) {
@@ -77,8 +77,8 @@ Matrix<T> pack(Team& team, const T* source, int outputs, int inputs, Order order
 }
 
 template <class T>
-Array<float> pack_bias(const Matrix<T>& m, const float* source, Order order) {
-    Array<float> bias(size_t(m.panels) * PANEL);
+Array<float> pack_bias(Memory& memory, const Matrix<T>& m, const float* source, Order order) {
+    auto bias = memory.zeros<float>(size_t(m.panels) * PANEL);
     for (int c = 0; c < m.panels * PANEL; c++) {
         int row = source_row(order, m.outputs, c);
         if (row >= 0) bias[c] = source[row];

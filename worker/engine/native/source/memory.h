@@ -3,42 +3,21 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <new>
+#include <vector>
 
 namespace rts {
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
-// An array of zeros, taken from the system page by page as it is touched.
+// Numbers that lie in a Memory, as long as that lives.
 template <class T>
 class Array {
  public:
     Array() = default;
-    explicit Array(size_t size) : size_(size) {
-        if (size == 0) return;
-        if (size > (size_t(1) << 46) / sizeof(T)) throw std::bad_alloc();
-        // Reads a little beyond the end (whole tiles, prefetched lines) must meet memory.
-        bytes_ = (size * sizeof(T) / HUGE_PAGE + 2) * HUGE_PAGE;
-        void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (p == MAP_FAILED) throw std::bad_alloc();
-        base_ = p;
-        size_t address = (size_t(p) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        data_ = reinterpret_cast<T*>(address);
-        // A small array in a huge page of its own would waste it.
-        if (size * sizeof(T) >= HUGE_PAGE) madvise(p, bytes_, MADV_HUGEPAGE);
-    }
-    Array(Array&& other) noexcept { *this = static_cast<Array&&>(other); }
-    Array& operator=(Array&& other) noexcept {
-        if (this != &other) {
-            release();
-            base_ = other.base_, bytes_ = other.bytes_, data_ = other.data_, size_ = other.size_;
-            other.base_ = nullptr, other.data_ = nullptr, other.size_ = 0;
-        }
-        return *this;
-    }
-    ~Array() { release(); }
+    Array(T* data, size_t size) : data_(data), size_(size) {}
 
     T* data() { return data_; }
     const T* data() const { return data_; }
@@ -48,14 +27,60 @@ class Array {
     const T& operator[](size_t i) const { return data_[i]; }
 
  private:
-    void release() {
-        if (base_) munmap(base_, bytes_);
-    }
-
-    void* base_ = nullptr;
-    size_t bytes_ = 0;
     T* data_ = nullptr;
     size_t size_ = 0;
+};
+
+// All memory of an engine. Arrays lie side by side, since most are smaller than a huge page, and
+// are given back together. Pages are taken from the system as they are touched.
+class Memory {
+ public:
+    Memory() = default;
+    ~Memory() {
+        for (const auto& region : regions_) munmap(region.base, region.bytes);
+    }
+    Memory(const Memory&) = delete;
+
+    // An array of zeros.
+    template <class T>
+    Array<T> zeros(size_t size) {
+        if (size > MOST_BYTES / sizeof(T)) throw std::bad_alloc();
+        return Array<T>(static_cast<T*>(take(size * sizeof(T))), size);
+    }
+
+ private:
+    struct Region {
+        void* base;
+        size_t bytes;
+    };
+
+    static constexpr size_t MOST_BYTES = size_t(1) << 46, REGION = size_t(32) << 20, LINE = 64;
+
+    void* take(size_t bytes) {
+        bytes = (bytes + LINE - 1) / LINE * LINE;
+        if (bytes > left_) open(std::max(bytes, REGION));
+        char* at = next_;
+        next_ += bytes, left_ -= bytes;
+        return at;
+    }
+
+    void open(size_t bytes) {
+        // A huge page to begin at one, and one behind the end: whole tiles, which may reach beyond
+        // an array, must meet memory.
+        const size_t mapped = (bytes / HUGE_PAGE + 3) * HUGE_PAGE;
+        regions_.reserve(regions_.size() + 1);
+        void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) throw std::bad_alloc();
+        regions_.push_back({p, mapped});
+        madvise(p, mapped, MADV_HUGEPAGE);
+        next_ = reinterpret_cast<char*>((size_t(p) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+        left_ = bytes;
+    }
+
+    std::vector<Region> regions_;
+    char* next_ = nullptr;
+    size_t left_ = 0;
 };
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }

@@ -43,20 +43,20 @@ class Decoder final : public Engine {
           attention_width_(round_up(shape.heads * shape.head_size, PANEL)),
           ffn_width_(round_up(shape.ffn, PANEL)),
           vocab_width_(round_up(shape.vocab, PANEL)),
-          cache_(shape.layers, shape.blocks, shape.kv_heads, shape.head_size),
+          cache_(memory_, shape.layers, shape.blocks, shape.kv_heads, shape.head_size),
           layers_(shape.layers),
           cos_(shape.rope_tables),
           sin_(shape.rope_tables),
           samplers_(shape.threads) {
         for (int i = 0; i < shape.layers; i++) layers_[i].asks = layers[i];
         const size_t rows = round_up(shape.most_rows, 32), outs = round_up(shape.most_outs, 32);
-        x_ = Array<float>(rows * width_);
-        y_ = Array<float>(rows * width_);
-        h_ = Array<T>(std::max(rows, outs) * width_);
-        qkv_ = Array<T>(rows * qkv_width_);
-        attention_ = Array<T>(rows * attention_width_);
-        ffn_ = Array<T>(rows * ffn_width_);
-        logits_ = Array<float>(outs * vocab_width_);
+        x_ = memory_.zeros<float>(rows * width_);
+        y_ = memory_.zeros<float>(rows * width_);
+        h_ = memory_.zeros<T>(std::max(rows, outs) * width_);
+        qkv_ = memory_.zeros<T>(rows * qkv_width_);
+        attention_ = memory_.zeros<T>(rows * attention_width_);
+        ffn_ = memory_.zeros<T>(rows * ffn_width_);
+        logits_ = memory_.zeros<float>(outs * vocab_width_);
 #if RTS_TILES
         for (int i = 0; i < shape.threads; i++) scratch_.push_back(std::make_unique<TileScratch>());
 #endif
@@ -150,7 +150,7 @@ class Decoder final : public Engine {
         switch (part) {
             case RTS_EMBEDDING:
                 expect(count, int64_t(shape_.vocab) * shape_.hidden, "the embedding");
-                embedding_ = Array<T>(count);
+                embedding_ = memory_.zeros<T>(count);
                 std::memcpy(embedding_.data(), data, count * sizeof(T));
                 return;
             case RTS_NORM_FINAL: return set_vector(norm_final_, data, count, shape_.hidden);
@@ -170,30 +170,30 @@ class Decoder final : public Engine {
     }
 
     // What fills up the last panel of the logits must never be drawn.
-    Array<float> beyond_vocabulary() const {
+    Array<float> beyond_vocabulary() {
         if (vocab_width_ == shape_.vocab) return {};
-        Array<float> bias(vocab_width_);
+        auto bias = memory_.zeros<float>(vocab_width_);
         for (int j = shape_.vocab; j < vocab_width_; j++) bias[j] = -INFINITY;
         return bias;
     }
 
-    static void set_vector(Array<float>& to, const void* data, int64_t count, int64_t want) {
+    void set_vector(Array<float>& to, const void* data, int64_t count, int64_t want) {
         expect(count, want, "a vector");
         // Padded with zeros: rows are computed in whole panels.
-        to = Array<float>(round_up(int(count), PANEL));
+        to = memory_.zeros<float>(round_up(int(count), PANEL));
         std::memcpy(to.data(), data, count * sizeof(float));
     }
 
     void set_matrix(Matrix<T>& to, const void* data, int64_t count, int64_t outputs, int64_t inputs,
                     Order order) {
         expect(count, outputs * inputs, "a matrix");
-        to = pack(team_, static_cast<const T*>(data), int(outputs), int(inputs), order);
+        to = pack(memory_, team_, static_cast<const T*>(data), int(outputs), int(inputs), order);
     }
 
-    static void set_bias(Matrix<T>& to, const void* data, int64_t count, Order order) {
+    void set_bias(Matrix<T>& to, const void* data, int64_t count, Order order) {
         if (!to.outputs) refuse("a bias comes after its matrix");
         expect(count, to.outputs, "a bias");
-        to.bias = pack_bias(to, static_cast<const float*>(data), order);
+        to.bias = pack_bias(memory_, to, static_cast<const float*>(data), order);
     }
 
     // Everything that is used as an index, before anything is touched.
@@ -460,6 +460,7 @@ class Decoder final : public Engine {
     }
 
     const rts_shape shape_;
+    Memory memory_;
     Team team_;
     // Of rows, rounded up to whole panels.
     const int width_, qkv_width_, attention_width_, ffn_width_, vocab_width_;
