@@ -19,6 +19,8 @@ from shared.settings import ENV_PREFIX, Settings
 
 _START_S = 300.0
 _ROLES = ("gateway", "worker", "control")
+_KEPT = ("native", "recipes")
+"""Folders of what one start leaves for the next, as in a cluster that is started again."""
 _ROOT = Path(__file__).parents[1]
 
 
@@ -36,6 +38,9 @@ class Cluster:
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="bench-", dir=data_dir))
+        for name in _KEPT:
+            (data_dir / name).mkdir(exist_ok=True)
+            (self._folder / name).symlink_to(data_dir / name)
         self._settings = Settings(
             port=free_port(),
             data_dir=self._folder,

@@ -63,7 +63,7 @@ async def measure(
 
 
 async def _cpu_s(store: Store) -> float:
-    """The server's CPU time. It tells microseconds; the system's tables tell hundredths of a second."""
+    """The server's CPU time, in its own words: the system's tables tell hundredths of a second."""
     info = await store.client.info("cpu")
     return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 

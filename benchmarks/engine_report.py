@@ -126,7 +126,8 @@ class EngineReport:
         if self.limit is None:
             return words
         return (
-            f"{words}Measured here: {self.limit.bytes_per_s / 1e9:.1f} GB/s read by torch.sum, "
+            f"{words}Measured between the loads, the best of each: "
+            f"{self.limit.bytes_per_s / 1e9:.1f} GB/s read by torch.sum, "
             f"{self.limit.flops / 1e12:.2f} TFLOP/s of bfloat16 products. The limit of a load is "
             "what these allow: each step reads the weights and every stream's keys and values "
             "once, and every prompt is computed."

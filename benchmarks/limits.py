@@ -31,6 +31,12 @@ class Machine:
     bytes_per_s: float
     flops: float
 
+    def or_better(self, other: Machine | None) -> Machine:
+        """What both show together: neighbours on the same hardware take from one or the other."""
+        if other is None:
+            return self
+        return Machine(max(self.bytes_per_s, other.bytes_per_s), max(self.flops, other.flops))
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.engine import _groups
 from benchmarks.engine_report import EngineReport, Start
 from benchmarks.figures import BenchError, Figures, Rounds
 from benchmarks.limits import Machine, Shape, serving_limit
@@ -99,6 +100,18 @@ def test_the_page_compares_like_with_like_and_pair_by_pair() -> None:
         "engine alone",
         "cluster",
     ]
+
+
+def test_the_limit_is_the_best_of_what_was_measured() -> None:
+    better = Machine(2e9, 1e12).or_better(Machine(1e9, 3e12))
+    assert better == Machine(2e9, 3e12)
+    assert better.or_better(None) == better
+
+
+def test_a_sampled_load_is_measured_beside_its_greedy_one() -> None:
+    sampled = replace(LOAD, temperature=0.8, top_p=0.95)
+    other = replace(LOAD, prompt_tokens=512)
+    assert _groups((LOAD, other, sampled)) == [[(0, LOAD), (2, sampled)], [(1, other)]]
 
 
 def test_the_limit_is_a_row_and_a_share_of_each() -> None:
