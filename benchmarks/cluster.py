@@ -38,9 +38,6 @@ class Cluster:
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="bench-", dir=data_dir))
-        for name in _KEPT:
-            (data_dir / name).mkdir(exist_ok=True)
-            (self._folder / name).symlink_to(data_dir / name)
         self._settings = Settings(
             port=free_port(),
             data_dir=self._folder,
@@ -48,6 +45,8 @@ class Cluster:
             log_level="warning",
             **settings,
         )
+        if self._settings.engine == "torch":
+            self._share(data_dir)
         foreign = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
         argv = [sys.executable, "-m", "realtime_serve.cli", "up"]
         env = foreign | self._settings.to_env()
@@ -98,6 +97,11 @@ class Cluster:
         """Stops it and removes its data."""
         self._server.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _share(self, data_dir: Path) -> None:
+        for name in _KEPT:
+            (data_dir / name).mkdir(exist_ok=True)
+            (self._folder / name).symlink_to(data_dir / name)
 
     def _target(self, load: Load) -> Target:
         fields = {
