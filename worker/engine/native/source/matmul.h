@@ -66,14 +66,14 @@ struct Ahead {
     int lines;
 };
 
-constexpr int LINE = 64;  // bytes
-
 // Of a panel that is used once, what will be used so soon. Of one that several blocks use, each
 // fetches its part of the next panel: the first alone would wait for the memory, and the others
 // leave it idle.
 template <class T>
 Ahead ahead_of(const T* panel, int depth, int block, int blocks) {
-    constexpr int AHEAD_BYTES = 8192, PANEL_LINES = TILE_DEPTH * PANEL * sizeof(T) / LINE;
+    // So far ahead hides the memory's latency at the speed at which tiles are used up.
+    constexpr int AHEAD_BYTES = 8192;
+    constexpr int PANEL_LINES = TILE_DEPTH * PANEL * sizeof(T) / LINE;
     const char* bytes = reinterpret_cast<const char*>(panel);
     if (blocks == 1) return {bytes + AHEAD_BYTES, PANEL_LINES};
     const int lines = (PANEL_LINES + blocks - 1) / blocks;

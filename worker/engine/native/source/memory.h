@@ -10,7 +10,7 @@
 
 namespace rts {
 
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
+constexpr size_t HUGE_PAGE = size_t(2) << 20, LINE = 64;  // bytes; of a page, of a cache line
 
 // Numbers that lie in a Memory, as long as that lives.
 template <class T>
@@ -54,7 +54,7 @@ class Memory {
         size_t bytes;
     };
 
-    static constexpr size_t MOST_BYTES = size_t(1) << 46, REGION = size_t(32) << 20, LINE = 64;
+    static constexpr size_t MOST_BYTES = size_t(1) << 46, REGION = size_t(32) << 20;
 
     void* take(size_t bytes) {
         bytes = (bytes + LINE - 1) / LINE * LINE;
