@@ -261,7 +261,8 @@ class Decoder final : public Engine {
             const bool begins = r == 0 || s.sequence[r - 1] != s.sequence[r];
             const bool ends = r + n == s.rows || s.sequence[r + n] != s.sequence[r];
             const bool whole = begins && ends;
-            for (int i = 0; i < n && !whole; i++) shared_rows_.push_back(r + i);
+            if (!whole)
+                for (int i = 0; i < n; i++) shared_rows_.push_back(r + i);
             for (int h = 0; h < shape_.kv_heads; h++) {
                 // What a row costs beside its keys is about that of 48 of them.
                 const int64_t cost = int64_t(n) * (s.positions[r + n - 1] + 48);
@@ -396,8 +397,8 @@ class Decoder final : public Engine {
     }
 
     void attend(const rts_step& s, int layer, const Piece& piece, [[maybe_unused]] int thread) {
-        for (int i = 0; i < piece.count && piece.whole; i++)
-            place(s, layer, piece.row + i, piece.head);
+        if (piece.whole)
+            for (int i = 0; i < piece.count; i++) place(s, layer, piece.row + i, piece.head);
         const rts_layer& asks = layers_[layer].asks;
         const Look look{asks.scale, asks.window, asks.soft_cap};
         const int group = shape_.heads / shape_.kv_heads, size = shape_.head_size;
