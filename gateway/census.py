@@ -104,6 +104,15 @@ class Census:
         taken_per_s = (heads[-1][1] - heads[0][1]) / (heads[-1][0] - heads[0][0])
         return position / taken_per_s
 
+    def place(self, mv: str, cls: str, ticket: int, head: int) -> tuple[int, float | None]:
+        """A waiting request's place, 1 is next, and in how many seconds it will be taken.
+
+        Between callers it goes round, so the place is an estimate, too.
+        """
+        position = max(1, ticket - head)
+        eta_s = self.eta_s(mv, cls, position)
+        return position, None if eta_s is None else round(eta_s, 3)
+
     async def refresh(self, mvs: Sequence[str]) -> None:
         """Reads the counts of these versions, in one round trip and a second for the oldest.
 

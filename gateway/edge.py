@@ -16,6 +16,7 @@ from gateway.flows import Flows
 from gateway.hub import Hub
 from gateway.metrics import Metrics
 from gateway.models import Models
+from gateway.queue_status import QueueStatus
 from shared import keys, tasks
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
@@ -49,7 +50,7 @@ class Edge:
         self.models = Models(store, lambda: self.healthy)
         self.census = Census(store)
         self.callers = Callers(settings.trusted_proxies)
-        self.flows = Flows(store, hub, settings)
+        self.flows = Flows(store, hub, settings, QueueStatus(store, self.census))
         self.metrics = Metrics(self.models, self.census, hub)
         self.leaving = False
         self.draining = False

@@ -17,6 +17,7 @@ ALLOWED = (
     "Last-Event-ID",
     "traceparent",
     "X-Client-Id",
+    "X-Queue-Status",
     "X-Request-Id",
     "X-Resumable",
     "X-Timeout-S",
@@ -37,12 +38,14 @@ class Terms:
     Attributes:
         grace_s: how long it outlives its connection; None: it does not.
         timeout_s: None: as in the body.
+        queue_status: the stream tells what the request waits for.
     """
 
     grace_s: float | None
     timeout_s: float | None
     idempotency_key: str | None
     traceparent: str
+    queue_status: bool
 
 
 def read_terms(request: web.Request, settings: Settings) -> Terms:
@@ -60,7 +63,8 @@ def read_terms(request: web.Request, settings: Settings) -> Terms:
         )
     trace = request.headers.get("traceparent", "")
     # A broken trace context is started anew, as W3C says.
-    return Terms(grace_s, timeout_s, key, trace if _TRACEPARENT.fullmatch(trace) else "")
+    trace = trace if _TRACEPARENT.fullmatch(trace) else ""
+    return Terms(grace_s, timeout_s, key, trace, wants_queue_status(request))
 
 
 def read_label(request: web.Request) -> str:
@@ -84,6 +88,18 @@ def read_last_event_id(request: web.Request) -> int | None:
             "Last-Event-ID",
         )
     return int(text)
+
+
+def wants_queue_status(request: web.Request) -> bool:
+    """Whether a stream shall tell what its request waits for.
+
+    Raises:
+        InvalidRequest: the header says neither 1 nor 0.
+    """
+    text = request.headers.get("X-Queue-Status", "0")
+    if text not in ("0", "1"):
+        raise InvalidRequest(f"X-Queue-Status must be 1 or 0, not {text[:64]!r}", "X-Queue-Status")
+    return text == "1"
 
 
 def _seconds(request: web.Request, name: str, most: float) -> float | None:

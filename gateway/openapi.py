@@ -10,6 +10,7 @@ from aiohttp import web
 
 from gateway.middleware import json_response
 from gateway.openai import ChatRequest, CompletionRequest
+from gateway.queue_status import Queued, Running
 from gateway.requests import InferRequest
 
 _REF = "#/components/schemas/{name}"
@@ -84,6 +85,8 @@ _TYPES = (
     InferReply,
     InferEvent,
     InferSummary,
+    Queued,
+    Running,
     ErrorReply,
 )
 
@@ -136,7 +139,10 @@ def describe_api() -> dict[str, Any]:
 
 
 def _post(summary: str, body: str, content: dict[str, Any]) -> dict[str, Any]:
-    names = ("X-Request-Id", "X-Resumable", "X-Timeout-S", "Idempotency-Key", "X-Client-Id")
+    names = (
+        *("X-Request-Id", "X-Resumable", "X-Queue-Status"),
+        *("X-Timeout-S", "Idempotency-Key", "X-Client-Id"),
+    )
     return {
         "summary": summary,
         "parameters": [_parameter(name, "header") for name in names],
@@ -158,7 +164,9 @@ def _get(summary: str, *path: str) -> dict[str, Any]:
 
 def _resume(summary: str) -> dict[str, Any]:
     found = _get(summary, "id")
-    found["parameters"].append(_parameter("Last-Event-ID", "header"))
+    found["parameters"] += [
+        _parameter(name, "header") for name in ("Last-Event-ID", "X-Queue-Status")
+    ]
     return found
 
 

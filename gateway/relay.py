@@ -37,6 +37,7 @@ class Listening:
         started: when the client asked, in the event loop's time.
         meter: None: this request is measured elsewhere.
         is_shared: several readers, on several gateways, may come to see its end.
+        queue_status: the client asked to be told what its request waits for.
     """
 
     request: web.Request
@@ -48,6 +49,7 @@ class Listening:
     started: float
     meter: Meter | None
     is_shared: bool
+    queue_status: bool
 
 
 class Relay:
@@ -73,6 +75,7 @@ class Relay:
             listening.caller,
             listening.subscription,
             kept=listening.kept,
+            queue_status=listening.queue_status,
         )
 
     async def collect(self) -> dict[str, Any]:

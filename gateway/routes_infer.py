@@ -65,6 +65,7 @@ async def generate(request: web.Request, order: Order) -> web.StreamResponse:
         started=trail.started,
         meter=meter,
         is_shared=ticket.kept,
+        queue_status=terms.queue_status,
     )
     relay = Relay(edge, listening)
     try:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from gateway.edge import EDGE, Edge
 from gateway.errors import RequestGone, RequestNotFound
-from gateway.headers import read_last_event_id
+from gateway.headers import read_last_event_id, wants_queue_status
 from gateway.middleware import TRAIL, json_response
 from gateway.records import Record, read_record
 from gateway.relay import Listening, Relay
@@ -45,6 +45,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
     """The stream from behind Last-Event-ID on, in the format the request was made in."""
     edge, trail = request.app[EDGE], request[TRAIL]
     after = read_last_event_id(request)
+    queue_status = wants_queue_status(request)
     record, caller = await _find(request)
     if record.ended and not record.log_exists:
         raise RequestGone("The tokens of this request are not kept any more")
@@ -78,6 +79,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
         started=trail.started,
         meter=meter,
         is_shared=True,
+        queue_status=queue_status,
     )
     relay = Relay(edge, listening)
     trail.facts.update(rid=record.rid, model=record.view.model, after=after or 0)
@@ -113,11 +115,9 @@ async def _describe(edge: Edge, record: Record) -> dict[str, Any]:
         client: Any = edge.store.client
         async with unavailable():
             head = await client.hget(keys.count(record.mv, record.cls), "head")
-        # Between callers it goes round, so a number is an estimate of the place.
-        position = max(1, record.ticket - int(head or 0))
-        eta_s = edge.census.eta_s(record.mv, record.cls, position)
-        found["position"] = position
-        found["eta_s"] = None if eta_s is None else round(eta_s, 3)
+        found["position"], found["eta_s"] = edge.census.place(
+            record.mv, record.cls, record.ticket, int(head or 0)
+        )
     times = record.times
     if "t1" in times:
         found["queue_ms"] = times["t1"] - times["t0"]

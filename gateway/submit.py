@@ -262,6 +262,8 @@ def _check(edge: Edge, order: Order, terms: Terms) -> None:
         )
     if terms.grace_s is not None and not order.stream:
         raise InvalidRequest("X-Resumable is for streams", "X-Resumable")
+    if terms.queue_status and not order.stream:
+        raise InvalidRequest("X-Queue-Status is for streams", "X-Queue-Status")
 
 
 async def _token_ids(model: ServedModel, order: Order) -> list[int]:

@@ -187,6 +187,18 @@ async def test_the_page_asks_once_of_a_gateway_that_is_away(page: str, tmp_path:
             await check(cluster, tab)
 
 
+async def test_the_page_tells_what_it_waits_for(page: str, tmp_path: Path) -> None:
+    with Cluster(tmp_path, cors_origins="*") as cluster:
+        cluster.up(control=False)
+        # Scaled to zero, and back.
+        cluster.processes[1].signal(signal.SIGTERM)
+        await asyncio.to_thread(cluster.processes[1].popen.wait, 10)
+        async with browse(f"{page}?url={cluster.url}&ask=hello", tmp_path / "profile") as tab:
+            await tab.until("state", "waiting for a worker to start")
+            cluster.start("worker")
+            await check(cluster, tab)
+
+
 async def test_another_origin_is_not_allowed(page: str, tmp_path: Path) -> None:
     with Cluster(tmp_path, cors_origins="http://example.invalid") as cluster:
         cluster.up(control=False)

@@ -92,7 +92,7 @@ async def test_new_requests_go_to_a_new_version_at_once(tmp_path: Path) -> None:
         found.up(workers=1, control=False)
         old = found.processes[1]
         before = version(found)
-        long = asyncio.create_task(infer(found.url, 6, 3000))
+        long = asyncio.create_task(infer(found.url, 6, 1600))
         # The same name, other files.
         new = found.start("worker", engine="other_version:Other", model="echo")
         await until_ready(new)
@@ -114,7 +114,7 @@ async def test_new_requests_go_to_a_new_version_at_once(tmp_path: Path) -> None:
             await asyncio.sleep(0.5)
             assert version(found) == before
             old.signal(15)
-            await asyncio.sleep(3)
+            await asyncio.sleep(2)
             stop.set()
         assert version(found) != before
         assert not long.done(), "the old one was still at it"
@@ -152,7 +152,7 @@ async def test_the_last_of_two_that_drain_serves_what_the_other_hands_back(
         first = found.start("worker", drain_grace_s=2)
         found.start("gateway")
         await asyncio.to_thread(found.wait, 1)
-        tasks = [asyncio.create_task(infer(found.url, seed, 1500)) for seed in range(4)]
+        tasks = [asyncio.create_task(infer(found.url, seed, 900)) for seed in range(4)]
         await asyncio.sleep(0.5)
         second = found.start("worker", drain_grace_s=30)
         await until_ready(second)
@@ -210,7 +210,7 @@ async def start_sound_one(cluster: Cluster) -> None:
 async def test_an_engine_that_fails_in_a_drain_is_a_failure(tmp_path: Path) -> None:
     """Its streams go on elsewhere before its grace time is over."""
     settings = {"drain_grace_s": 20, "lease_ms": 1500}
-    async with doomed(tmp_path, "Failing", 1000, **settings) as (found, old, trigger, task):
+    async with doomed(tmp_path, "Failing", 500, **settings) as (found, old, trigger, task):
         await start_sound_one(found)
         old.signal(15)
         await asyncio.sleep(0.3)

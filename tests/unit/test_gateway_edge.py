@@ -76,6 +76,8 @@ def test_headers_of_a_request() -> None:
     terms = read_terms(given, settings)
     assert (terms.grace_s, terms.timeout_s, terms.idempotency_key) == (20, 2.5, "k")
     assert terms.traceparent == ""
+    assert not terms.queue_status
+    assert read_terms(request_from("1.1.1.1", X_Queue_Status="1"), settings).queue_status
     for name in ("X-Resumable", "X-Timeout-S"):
         for bad in ("21", "0", "-1", "nan", "1e1", " ", "1,2"):
             with pytest.raises(InvalidRequest, match=name):
@@ -233,7 +235,7 @@ def test_the_description_of_the_api_is_whole() -> None:
     assert schemas["InferRequest"]["required"] == ["model", "prompt"]
     for path in ("/requests/{id}/stream", "/infer_stream/{id}"):
         names = [found["name"] for found in document["paths"][path]["get"]["parameters"]]
-        assert names == ["id", "Last-Event-ID"]
+        assert names == ["id", "Last-Event-ID", "X-Queue-Status"]
 
     def references(value: Any) -> Any:
         if isinstance(value, dict):
