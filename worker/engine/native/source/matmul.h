@@ -23,16 +23,22 @@ int block_rows(int depth) {
     return std::clamp(rows, 32, BLOCK_ROWS);
 }
 
+// Rows that one pass over a panel takes: as many as there are registers for their sums. With 16
+// registers it takes one half of the panel, and then the other, which the nearest cache holds.
 #if defined(__AVX512F__)
+template <class T>
 constexpr int KERNEL_ROWS = 8;  // 16 sums, of 32 registers
 #else
-constexpr int KERNEL_ROWS = 2;  // 8 sums, of 16 registers
+template <class T>
+constexpr int KERNEL_ROWS = 6;  // 12 sums, of 16 registers
+template <>
+constexpr int KERNEL_ROWS<bf16> = 4;  // 8: each vector of bf16 is two of floats
 #endif
 
-// R rows times one panel, with vectors. out: [R][PANEL].
-template <class T, int R>
+// R rows times V vectors of a panel, from the beginning of a tile's columns on. out: [R][PANEL].
+template <class T, int R, int V>
 inline void multiply_vectors(const T* a, size_t stride, const T* panel, int depth, float* out) {
-    constexpr int V = PANEL / LANES, D = DEPTH<T>;
+    constexpr int D = DEPTH<T>;
     Vec sums[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r][v] = zero();
@@ -50,11 +56,25 @@ inline void multiply_vectors(const T* a, size_t stride, const T* panel, int dept
         for (int v = 0; v < V; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
 }
 
-template <class T, int R = KERNEL_ROWS>
+template <class T, int R>
+inline void multiply_rows(const T* a, size_t stride, const T* panel, int depth, float* out) {
+    constexpr int V = PANEL / LANES;
+    if constexpr (V == 2 || R < 3) {
+        // With so few rows all sums of a panel have registers, and more of them hide a sum's
+        // latency.
+        multiply_vectors<T, R, V>(a, stride, panel, depth, out);
+    } else {
+        for (int column = 0; column < PANEL; column += TILE_COLUMNS)
+            multiply_vectors<T, R, V / 2>(a, stride, panel + place_in_panel<T>(0, column), depth,
+                                          out + column);
+    }
+}
+
+template <class T, int R = KERNEL_ROWS<T>>
 inline void multiply_some(int rows, const T* a, size_t stride, const T* panel, int depth,
                           float* out) {
     if constexpr (R > 0) {
-        if (rows >= R) return multiply_vectors<T, R>(a, stride, panel, depth, out);
+        if (rows >= R) return multiply_rows<T, R>(a, stride, panel, depth, out);
         multiply_some<T, R - 1>(rows, a, stride, panel, depth, out);
     }
 }
@@ -85,8 +105,8 @@ Ahead ahead_of(const T* panel, int depth, int block, int blocks) {
 template <class T>
 inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
                            float* out, Ahead) {
-    for (int r = 0; r < rows; r += KERNEL_ROWS)
-        multiply_some<T>(std::min(KERNEL_ROWS, rows - r), a + r * stride, stride, panel, depth,
+    for (int r = 0; r < rows; r += KERNEL_ROWS<T>)
+        multiply_some<T>(std::min(KERNEL_ROWS<T>, rows - r), a + r * stride, stride, panel, depth,
                          out + r * PANEL);
 }
 
