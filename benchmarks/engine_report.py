@@ -128,7 +128,7 @@ class EngineReport:
         return (
             f"{words}Measured between the loads, the best of each: "
             f"{self.limit.bytes_per_s / 1e9:.1f} GB/s read by torch.sum, "
-            f"{self.limit.flops / 1e12:.2f} TFLOP/s of bfloat16 products. The limit of a load is "
+            f"{self.limit.flops / 1e12:.2f} TFLOP/s of matrix products. The limit of a load is "
             "what these allow: each step reads the weights and every stream's keys and values "
             "once, and every prompt is computed."
         )
