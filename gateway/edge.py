@@ -50,7 +50,7 @@ class Edge:
         self.models = Models(store, lambda: self.healthy)
         self.census = Census(store)
         self.callers = Callers(settings.trusted_proxies)
-        self.flows = Flows(store, hub, settings, QueueStatus(store, self.census))
+        self.flows = Flows(store, hub, settings)
         self.metrics = Metrics(self.models, self.census, hub)
         self.leaving = False
         self.draining = False
@@ -74,6 +74,9 @@ class Edge:
             asyncio.create_task(self._look_around(), name="look around"),
             asyncio.create_task(self._expire(), name="deadlines"),
             asyncio.create_task(self.flows.watch(), name="watch streams"),
+            asyncio.create_task(
+                QueueStatus(self.store, self.census, self.flows).watch(), name="queue status"
+            ),
         ]
 
     async def close(self) -> None:

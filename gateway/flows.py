@@ -14,7 +14,6 @@ from aiohttp import web
 
 from gateway.hub import Hub, Subscription
 from gateway.protocol import Protocol
-from gateway.queue_status import SILENT_S, QueueStatus, Report, event
 from gateway.sse import KEEP_ALIVE
 from shared import keys
 from shared.errors import StoreUnavailable
@@ -38,8 +37,7 @@ class Flow:
         progress: rows the engine had computed when the stream was last found silent.
         blocked_at: since when a write waits for the client; 0: none does.
         behind_at: since when more entries wait for the client than may; 0: not so.
-        queue_status: the client asked for such events. report: the last that it got.
-        asked_at: time when there was last a look for one.
+        queue_status: the client asked for such events.
         verdict: why the flow was stopped from outside: a reason of StreamFailed, or HANDOVER.
     """
 
@@ -66,8 +64,6 @@ class Flow:
         self.behind_at = 0.0
         self.progress: bytes | None = None
         self.queue_status = queue_status
-        self.report: Report | None = None
-        self.asked_at = now
         self.verdict = ""
         task = asyncio.current_task()
         assert task is not None
@@ -96,12 +92,12 @@ class Flow:
         """From now on nothing interrupts the task."""
         self._over = True
 
-    async def write(self, data: bytes, now: float) -> bool:
+    async def write(self, data: bytes) -> bool:
         """Sends what is no token; False: something is being written or has yet to be read."""
         response, transport = self.response, self.request.transport
         if response is None or transport is None or self.blocked_at or self._over:
             return False
-        self.wrote_at = now
+        self.wrote_at = asyncio.get_running_loop().time()
         # So this never waits for the client, which all other streams' watch would wait for, too.
         if transport.get_write_buffer_size():
             return False
@@ -116,11 +112,8 @@ class Flow:
 class Flows:
     """All open flows."""
 
-    def __init__(
-        self, store: Store, hub: Hub, settings: Settings, queue_status: QueueStatus
-    ) -> None:
+    def __init__(self, store: Store, hub: Hub, settings: Settings) -> None:
         self._store = store
-        self._queue_status = queue_status
         self._hub = hub
         self._settings = settings
         self._flows: set[Flow] = set()
@@ -182,37 +175,19 @@ class Flows:
 
     async def _look(self) -> None:
         now = asyncio.get_running_loop().time()
-        silent, asking = [], []
+        silent = []
         for flow in self:
             flow.look_for_end()
             if self._is_slow(flow, now):
                 flow.stop("slow_client")
                 continue
             if now - flow.wrote_at >= self._settings.keep_alive_s:
-                await flow.write(KEEP_ALIVE, now)
+                await flow.write(KEEP_ALIVE)
             # Looked at from half of the time on, so that progress without tokens is seen.
             if now - flow.heard_at >= self._settings.stream_idle_s / 2:
                 silent.append(flow)
-            if flow.queue_status and now - max(flow.heard_at, flow.asked_at) >= SILENT_S:
-                flow.asked_at = now
-                asking.append(flow)
-        if asking:
-            await self._tell(asking, now)
         if silent:
             await self._end_idle(silent, now)
-
-    async def _tell(self, flows: list[Flow], now: float) -> None:
-        """Tells what each of these waits for, where that is new to its client."""
-        try:
-            reports = await self._queue_status.of([flow.rid for flow in flows])
-        except StoreUnavailable:
-            return
-        for flow, report in zip(flows, reports, strict=True):
-            # A token may have come while Redis was asked.
-            if report is None or report == flow.report or flow.heard_at > now:
-                continue
-            if await flow.write(event(report), now):
-                flow.report = report
 
     def _is_slow(self, flow: Flow, now: float) -> bool:
         limit_s = self._settings.slow_client_s

@@ -7,47 +7,57 @@ where it was; only what has changed, so that keep-alives stay what a silent stre
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
-from typing import Any
-
-import msgspec
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from gateway import sse
-from gateway.census import Census, QueueCount
+from gateway.census import Census
+from gateway.flows import Flow, Flows
 from shared import keys
-from shared.store import Store, unavailable
+from shared.errors import StoreUnavailable
+from shared.store import ENGINE_TTL_MS, Store, unavailable
 
-SILENT_S = 1.0
-"""A stream that is silent for so long is told of, and again as often."""
-_FIELDS = ("st", "mv", "cls", "tk", "pt", "pr")
-_QUEUED, _RUNNING = b"w", b"r"
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""A stream without a token from one look to the next is silent."""
+_FIELDS = ("st", "own", "mv", "cls", "tk", "pt", "pr")
+_ENDED = b"e"
 
 
-class Queued(msgspec.Struct, tag="queued", tag_field="status"):
+@dataclass(frozen=True, slots=True)
+class Queued:
     """The request waits for a worker.
 
     Attributes:
         position: its place in the queue, 1 is next; callers take turns, so it is an estimate.
-        eta_s: how long it will wait, if that can be told.
-        workers: how many serve the model; 0: one has yet to start.
+        workers: how many serve its version of the model; 0: one has yet to start, or the last is
+            about to stop.
+        eta_s: how long it will wait, if that can be told; another one alone is no news.
     """
 
     request_id: str
     position: int
-    eta_s: float | None
     workers: int
+    eta_s: float | None = field(compare=False)
+    status: Literal["queued"] = "queued"
 
 
-class Running(msgspec.Struct, tag="running", tag_field="status"):
-    """A worker has the request, and is silent since it took it or since its last token.
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A worker took the request, and nothing has been heard from it since, or since a token.
 
     Attributes:
-        computed_tokens: how many of the prompt's tokens it has read.
+        computed_tokens: how many of the prompt's tokens have been read.
     """
 
     request_id: str
     prompt_tokens: int
     computed_tokens: int
+    status: Literal["running"] = "running"
 
 
 Report = Queued | Running
@@ -58,36 +68,90 @@ def event(report: Report) -> bytes:
     return b"event: queue_status\ndata: %b\n\n" % sse.encode(report)
 
 
-class QueueStatus:
-    """Finds out what requests wait for."""
+@dataclass(slots=True)
+class _Told:
+    """The last token of a flow at the last look, and what it was told last."""
 
-    def __init__(self, store: Store, census: Census) -> None:
+    token: int
+    report: Report | None = None
+
+
+class QueueStatus:
+    """Reports to the flows of a gateway whose clients asked for it."""
+
+    def __init__(self, store: Store, census: Census, flows: Flows) -> None:
         self._store = store
         self._census = census
+        self._flows = flows
+        self._told: dict[Flow, _Told] = {}
 
-    async def of(self, rids: Sequence[str]) -> list[Report | None]:
-        """A report on each of these requests, by one call to Redis; None: it waits for nothing.
+    async def watch(self) -> None:
+        """Looks for silent flows and tells them what they wait for, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self._look()
+            except StoreUnavailable:
+                continue
+            except Exception:
+                log.exception("telling what streams wait for failed")
+
+    async def _look(self) -> None:
+        silent = {}
+        before, self._told = self._told, {}
+        for flow in self._flows:
+            if flow.queue_status:
+                token = flow.subscription.last
+                told = self._told[flow] = before.get(flow, _Told(-1))
+                if told.token == token:
+                    silent[flow] = told
+                told.token = token
+        if not silent:
+            return
+        reports = await self._reports([flow.rid for flow in silent])
+        for (flow, told), report in zip(silent.items(), reports, strict=True):
+            # A token may have come while Redis was asked.
+            if report in (None, told.report) or flow.subscription.last != told.token:
+                continue
+            if await flow.write(event(report)):
+                told.report = report
+
+    async def _reports(self, rids: Sequence[str]) -> list[Report | None]:
+        """On each of these requests; None: it waits for nothing.
 
         Raises:
             StoreUnavailable: Redis cannot be asked.
         """
         async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
+            pipe.time()
             for rid in rids:
                 pipe.hmget(keys.request(rid), list(_FIELDS))
-            rows = await pipe.execute()
-        return [
-            self._report(rid, dict(zip(_FIELDS, row, strict=True)))
-            for rid, row in zip(rids, rows, strict=True)
-        ]
+            (seconds, _), *values = await pipe.execute()
+        rows: list[dict[str, Any]] = [dict(zip(_FIELDS, row, strict=True)) for row in values]
+        # Of whatever version: one that is not live any more serves its queue to its end.
+        queues = list({(row["mv"], row["cls"]) for row in rows if _is_queued(row)})
+        async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
+            for mv, cls in queues:
+                pipe.hget(keys.count(mv.decode(), cls.decode()), "head")
+                pipe.zcount(keys.engines(mv.decode()), int(seconds) * 1000 - ENGINE_TTL_MS, "+inf")
+            found = await pipe.execute()
+        known = dict(zip(queues, zip(found[::2], found[1::2], strict=True), strict=True))
+        reports: list[Report | None] = []
+        for rid, row in zip(rids, rows, strict=True):
+            if _is_queued(row):
+                head, workers = known[row["mv"], row["cls"]]
+                mv, cls = row["mv"].decode(), row["cls"].decode()
+                position, eta_s = self._census.place(mv, cls, int(row["tk"]), int(head or 0))
+                reports.append(Queued(rid, position, workers, eta_s))
+            elif row["st"] in (None, _ENDED):
+                reports.append(None)
+            else:
+                prompt = int(row["pt"])
+                reports.append(Running(rid, prompt, min(prompt, int(row["pr"] or 0))))
+        return reports
 
-    def _report(self, rid: str, row: dict[str, Any]) -> Report | None:
-        if row["st"] == _QUEUED:
-            mv, cls = row["mv"].decode(), row["cls"].decode()
-            count = self._census.of(mv)
-            head = count.queues.get(cls, QueueCount()).head
-            position, eta_s = self._census.place(mv, cls, int(row["tk"]), head)
-            return Queued(rid, position, eta_s, len(count.engines))
-        if row["st"] == _RUNNING:
-            prompt = int(row["pt"])
-            return Running(rid, prompt, min(prompt, int(row["pr"] or 0)))
-        return None
+
+def _is_queued(row: dict[str, Any]) -> bool:
+    """Whether it waits: for its turn, or handed back by a worker that stops."""
+    handed_back = (row["own"] or b"").endswith(b":-")
+    return row["st"] == b"w" or (row["st"] == b"r" and handed_back)

@@ -17,7 +17,7 @@ HEADERS = {
 }
 KEEP_ALIVE = b": keep-alive\n"
 RETRY = b"retry: 1000\n"
-"""How long a browser waits before it connects again; once a stream, in front of its first event."""
+"""How long a browser waits before it connects again; once a stream, with its first tokens."""
 DONE = b"data: [DONE]\n\n"
 
 encode = msgspec.json.Encoder().encode

@@ -14,7 +14,7 @@ def _without(part: str, name: str, scenario: Scenario) -> Scenario:
         name=f"control: {name}; {scenario.name}",
         launcher=("-m", "chaos.crippled", part),
         expect_wrong=TOKENS_WRONG,
-        fast=True,
+        fast=2,
         budgets=False,
         limit_s=8.0,
         stalls="none",

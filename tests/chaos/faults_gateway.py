@@ -212,7 +212,7 @@ SCENARIOS = (
         Scenario(
             f"gateway SIGKILL behind {balancer}",
             kill,
-            fast=balancer == "haproxy",
+            fast=int(balancer == "haproxy"),
             gateways=2,
             balancer=balancer,
             stalls="resumed",

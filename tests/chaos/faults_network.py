@@ -133,7 +133,7 @@ async def _gateway_behind(stage: Stage, proxy: NetProxy) -> None:
 
 
 SCENARIOS = (
-    Scenario("pub/sub messages lost", lose_messages, fast=True, gateways=0, tcp=True),
+    Scenario("pub/sub messages lost", lose_messages, fast=1, gateways=0, tcp=True),
     Scenario("connections of a gateway reset", cut, gateways=0, tcp=True),
     Scenario("connections of a gateway half-open", half_open, gateways=0, tcp=True),
     Scenario(
@@ -142,7 +142,7 @@ SCENARIOS = (
     Scenario(
         "half-open, packets dropped by the kernel",
         drop_packets,
-        fast=True,
+        fast=1,
         tcp=True,
         programs=("nft",),
         root=True,

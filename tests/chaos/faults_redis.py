@@ -276,12 +276,12 @@ _PAIR: Any = {
 }
 
 SCENARIOS = (
-    Scenario("Redis kill -9, restarted", kill, fast=True, clip=True, most_stall=Stalls(p99=2.0)),
+    Scenario("Redis kill -9, restarted", kill, fast=1, clip=True, most_stall=Stalls(p99=2.0)),
     Scenario("Redis paused", pause, clip=True),
     Scenario("Redis memory full", full, clip=True),
     Scenario("Redis read-only", read_only, clip=True),
     Scenario(
-        "Redis append-only file, disk full", disk_full, fast=True, clip=True, root=True, disk_mb=24
+        "Redis append-only file, disk full", disk_full, fast=1, clip=True, root=True, disk_mb=24
     ),
     Scenario("failover by Sentinel, strict", fail_over, **_PAIR),
     Scenario("failover of a paused primary, strict", fail_over_paused, **_PAIR),
@@ -306,7 +306,7 @@ SCENARIOS = (
     Scenario(
         "FLUSHALL",
         flushed,
-        fast=True,
+        fast=1,
         tokens=(250, 300),
         settings={"tokens_per_minute": 10_000},
     ),

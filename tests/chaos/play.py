@@ -97,7 +97,8 @@ class Scenario:
 
     Attributes:
         name: as it stands in the table. act: makes it happen.
-        fast: whether `make test` plays it, too.
+        fast: how many rounds `make test` plays; 0: it does not. One but where kinds of the fault
+            take turns, or something must be found.
         gateways, workers, replicas: processes. balancer: in front of the gateways.
         kinds: of streams. breaks: plain streams may be told that they failed.
         stalls: whose stalls count: moved (to another worker), resumed, all, none.
@@ -118,7 +119,7 @@ class Scenario:
 
     name: str
     act: Act
-    fast: bool = False
+    fast: int = 0
     gateways: int = 1
     workers: int = 2
     balancer: str = ""

@@ -6,10 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from gateway_site import Site, letters, open_site, until
+
+from realtime_serve.redis_server import RedisServer, find_binary
+from shared import keys
+from shared.store import Emission
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 3, "seed": 5}
 ASKS = {"X-Queue-Status": "1"}
@@ -69,7 +75,7 @@ async def test_who_asks_hears_its_place_and_others_do_not(redis_url: str) -> Non
             report = await asking.status()
             rid = report.pop("request_id")
             assert report == {"status": "queued", "position": 2, "eta_s": None, "workers": 1}
-            assert rid in {flow.rid for flow in site.edge.flows}
+            assert [rid] == [flow.rid for flow in site.edge.flows if flow.queue_status]
             # Nothing changes, so nothing is said.
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(2.5):
@@ -127,6 +133,74 @@ async def test_a_worker_that_reads_a_prompt(redis_url: str) -> None:
             site.worker.frozen = False
             chunks = [json.loads(block["data"]) for block in (await asking.rest())[:-1]]
             assert "".join(c["choices"][0]["text"] for c in chunks) == letters(5, 3)
+
+
+async def test_how_much_of_a_prompt_is_read(redis_url: str) -> None:
+    async with open_site(redis_url) as site:
+        site.worker.frozen = True
+        async with stream(site, **ASKS) as asking:
+            assert (await asking.status())["computed_tokens"] == 0
+            (rid,) = site.worker.running
+            epoch = site.worker.running[rid].epoch
+            rows = [Emission(rid, epoch, 1, 0, b"", 3)]
+            await site.store.emit(site.worker.mv, site.worker.engine, rows)
+            assert (await asking.status())["computed_tokens"] == 3
+            site.worker.frozen = False
+            assert text_of(await asking.rest()) == letters(5, 3)
+
+
+async def test_handed_back_in_the_middle_it_waits_again(redis_url: str) -> None:
+    """Its worker stops, so its version is one without workers, and not the gateway's any more."""
+    async with open_site(redis_url) as site:
+        worker = site.worker
+        async with stream(site, body={**BODY, "max_tokens": 40}, **ASKS) as asking:
+            worker.step_s = 0.02
+            blocks = [await asking.next() for _ in range(3)]
+            worker.frozen, worker.room = True, 0
+            (rid,) = worker.running
+            await site.store.release(worker.mv, worker.engine, [(rid, worker.running[rid].epoch)])
+            worker.running.clear()
+            while "event" not in (block := await asking.next()):
+                blocks.append(block)
+            report = json.loads(block["data"])
+            assert (report["status"], report["position"]) == ("queued", 1)
+            worker.frozen, worker.room = False, 8
+            blocks += [b for b in await asking.rest() if "event" not in b]
+            assert text_of(blocks) == letters(5, 40)
+
+
+async def test_a_version_that_is_not_live_any_more(redis_url: str) -> None:
+    """Its last workers serve its queue to the end, and gateways count the live version only."""
+    async with open_site(redis_url) as site:
+        old = site.worker
+        # Those before have been taken: the number of the next one is not its place.
+        await asyncio.gather(*(site.post("/infer", BODY) for _ in range(4)))
+        old.room, old.beating = 0, False
+        async with stream(site, **ASKS) as asking:
+            client: Any = site.store.client
+            await site.store.publish_model(msgspec.structs.replace(old.card, version="2"))
+            await client.hset(keys.model("echo"), "live", "2")
+            await until(lambda: site.edge.models.served()[0].version == "2")
+            report = await asking.status()
+            assert (report["position"], report["workers"]) == (1, 1)
+            old.room = 8
+            assert text_of(await asking.rest()) == letters(5, 3)
+
+
+async def test_it_goes_on_after_an_outage_of_redis(tmp_path: Path) -> None:
+    binary, _ = find_binary()
+    with RedisServer.start(binary, tmp_path) as own:
+        async with open_site(own.url) as site:
+            site.worker.room = 0
+            async with stream(site, **ASKS) as asking:
+                own.kill()
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(2.5):
+                        await asking.next()
+                own.restart()
+                assert (await asking.status())["position"] == 1
+                site.worker.room = 8
+                assert text_of(await asking.rest()) == letters(5, 3)
 
 
 async def test_a_resumed_stream_can_ask_too(redis_url: str) -> None:
