@@ -8,7 +8,7 @@ import signal
 from typing import Any
 
 import pytest
-from conftest import Server
+from servers import Server
 
 import control.main
 from control.janitor import sweep

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import redis
 import uvloop
-from conftest import binary
 from gateway_site import letters, model_card, open_site
 from script_model import MODEL, VERSION, make_request
 from sentinel import NAME, PASSWORD, Member, Replicated
+from servers import binary
 
 import shared.sentinel
 from gateway.hub import Hub

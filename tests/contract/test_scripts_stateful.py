@@ -38,7 +38,7 @@ from shared import keys, messages
 from shared.store import ENGINE_TTL_MS, Departed, Emission, Store, connect
 
 if TYPE_CHECKING:
-    from conftest import Server
+    from servers import Server
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 PROFILE = settings(
