@@ -128,20 +128,15 @@ class QueueStatus:
                 pipe.hmget(keys.request(rid), list(_FIELDS))
             (seconds, _), *values = await pipe.execute()
         rows: list[dict[str, Any]] = [dict(zip(_FIELDS, row, strict=True)) for row in values]
-        # Of whatever version: one that is not live any more serves its queue to its end.
-        queues = list({(row["mv"], row["cls"]) for row in rows if _is_queued(row)})
-        async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
-            for mv, cls in queues:
-                pipe.hget(keys.count(mv.decode(), cls.decode()), "head")
-                pipe.zcount(keys.engines(mv.decode()), int(seconds) * 1000 - ENGINE_TTL_MS, "+inf")
-            found = await pipe.execute()
-        known = dict(zip(queues, zip(found[::2], found[1::2], strict=True), strict=True))
+        queues = await self._queues(
+            {(row["mv"], row["cls"]) for row in rows if _is_queued(row)}, int(seconds)
+        )
         reports: list[Report | None] = []
         for rid, row in zip(rids, rows, strict=True):
             if _is_queued(row):
-                head, workers = known[row["mv"], row["cls"]]
+                head, workers = queues[row["mv"], row["cls"]]
                 mv, cls = row["mv"].decode(), row["cls"].decode()
-                position, eta_s = self._census.place(mv, cls, int(row["tk"]), int(head or 0))
+                position, eta_s = self._census.place(mv, cls, int(row["tk"]), head)
                 reports.append(Queued(rid, position, workers, eta_s))
             elif row["st"] in (None, _ENDED):
                 reports.append(None)
@@ -149,6 +144,21 @@ class QueueStatus:
                 prompt = int(row["pt"])
                 reports.append(Running(rid, prompt, min(prompt, int(row["pr"] or 0))))
         return reports
+
+    async def _queues(
+        self, queues: set[tuple[bytes, bytes]], now_s: int
+    ) -> dict[tuple[bytes, bytes], tuple[int, int]]:
+        """Head and workers of queues, which are (mv, class).
+
+        Not from the census: it has live versions only, and others serve their queue to its end.
+        """
+        async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
+            for mv, cls in queues:
+                pipe.hget(keys.count(mv.decode(), cls.decode()), "head")
+                pipe.zcount(keys.engines(mv.decode()), now_s * 1000 - ENGINE_TTL_MS, "+inf")
+            found = await pipe.execute()
+        heads = [int(head or 0) for head in found[::2]]
+        return dict(zip(queues, zip(heads, found[1::2], strict=True), strict=True))
 
 
 def _is_queued(row: dict[str, Any]) -> bool:
