@@ -15,13 +15,13 @@ BENCH_ARGS ?=
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
 
-# Two at a time, but for what measures times: that has the machine for itself.
+# Two files at a time, but for what measures times: that has the machine for itself.
 BESIDE := $(filter-out %_outage.py,$(wildcard tests/e2e/test_http_*.py)) \
 	$(patsubst %,tests/e2e/test_%.py,balancer_rules browser client dead readme)
 
 test: env-dev ## run all tests (a quarter of an hour)
 	@$(PYTHON) -m realtime_serve.demo_model
-	@$(PYTHON) -m pytest tests/unit tests/contract tests/deploy $(BESIDE) -n 2 $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/unit tests/contract tests/deploy $(BESIDE) -n 2 --dist loadfile $(PYTEST_ARGS)
 	@$(PYTHON) -m pytest tests/e2e tests/chaos $(BESIDE:%=--ignore=%) $(PYTEST_ARGS)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ BALANCERS = ("haproxy", "nginx")
 
 class Balancer:
     """A haproxy or an nginx with the shipped configuration; only addresses and folders are others.
+
+    It listens when this returns.
 
     Args:
         kind: one of BALANCERS. folder: for its files. ports: of the gateways, on loopback.
@@ -50,6 +54,20 @@ class Balancer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        self._wait(folder / f"{kind}.log")
+
+    def _wait(self, log: Path, most_s: float = 20) -> None:
+        """Until it listens; its log says why it does not."""
+        until = time.monotonic() + most_s
+        while True:
+            with socket.socket() as sock:
+                if sock.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > until:
+                self.stop()
+                raise OSError(f"the balancer does not listen: {log.read_text()}")
+            time.sleep(0.02)
 
     def __enter__(self) -> Balancer:
         return self
