@@ -15,14 +15,15 @@ BENCH_ARGS ?=
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
 
-# Two files at a time, but for what measures times: that has the machine for itself.
-BESIDE := $(filter-out %_outage.py,$(wildcard tests/e2e/test_http_*.py)) \
-	$(patsubst %,tests/e2e/test_%.py,balancer_rules browser client dead readme)
+# What measures times or fills both cores has the machine for itself; the rest two files at a time.
+ALONE := $(patsubst %,tests/e2e/test_%.py,balancers cluster demo_model_cluster http_outage) \
+	tests/chaos
 
 test: env-dev ## run all tests (a quarter of an hour)
 	@$(PYTHON) -m realtime_serve.demo_model
-	@$(PYTHON) -m pytest tests/unit tests/contract tests/deploy $(BESIDE) -n 2 --dist loadfile $(PYTEST_ARGS)
-	@$(PYTHON) -m pytest tests/e2e tests/chaos $(BESIDE:%=--ignore=%) $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/unit tests/contract tests/deploy tests/e2e $(ALONE:%=--ignore=%) \
+		-n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest $(ALONE) $(PYTEST_ARGS)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)
 	@$(PYTHON) -m pytest tests/unit -m "not torch" -n 2 $(PYTEST_ARGS)

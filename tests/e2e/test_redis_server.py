@@ -114,12 +114,18 @@ def test_long_folder_gets_a_short_socket(binary: ServerBinary, tmp_path: Path) -
     assert not path.parent.exists()
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder for temporary files; tmp_path can be too long for a socket's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
 def test_a_killed_start_leaves_nothing_behind_for_good(
-    binary: ServerBinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    binary: ServerBinary, tmp_path: Path, temporary: Path
 ) -> None:
     """A plan that was never cleaned up, as after kill -9: the next one takes the same folder."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     folder = tmp_path / ("a" * 60) / ("b" * 60)
     first = ServerPlan.make(binary, folder)
     assert first.socket_folder is not None
@@ -130,15 +136,13 @@ def test_a_killed_start_leaves_nothing_behind_for_good(
     assert stat.S_IMODE(first.socket_folder.stat().st_mode) == 0o700
     again.clean()
     other.clean()
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("trap", ["link", "open to others", "file"])
 def test_a_socket_folder_that_others_could_have_made_is_not_used(
-    binary: ServerBinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+    binary: ServerBinary, tmp_path: Path, temporary: Path, trap: str
 ) -> None:
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     folder = tmp_path / ("a" * 60) / ("b" * 60)
     expected = ServerPlan.make(binary, folder).socket_folder
     assert expected is not None
@@ -154,7 +158,7 @@ def test_a_socket_folder_that_others_could_have_made_is_not_used(
     plan = ServerPlan.make(binary, folder)
     assert plan.socket_folder not in (None, expected)
     plan.clean()
-    assert [path.name for path in (tmp_path / "tmp").iterdir()] == [expected.name]
+    assert list(temporary.iterdir()) == [expected]
 
 
 def test_server_dies_with_whoever_started_it(binary: ServerBinary, tmp_path: Path) -> None:
