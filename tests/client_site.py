@@ -83,9 +83,10 @@ class Stand:
             assert time.monotonic() < deadline, body
             time.sleep(0.01)
 
-    def ended(self) -> list[str]:
-        """The request ids of the facts of requests that ended."""
-        return [fields[b"rid"].decode() for _, fields in self.redis.xrange(keys.ENDED)]
+    def ended(self, but: str = "") -> list[str]:
+        """The request ids of the facts of requests that ended, for another reason than this."""
+        facts = [fields for _, fields in self.redis.xrange(keys.ENDED)]
+        return [fact[b"rid"].decode() for fact in facts if fact[b"reason"].decode() != but]
 
 
 class Proxy:
