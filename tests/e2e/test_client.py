@@ -332,7 +332,7 @@ async def test_many_streams_and_a_gateway_dies(stand: Stand, client: AsyncClient
             group.create_task(one(seed))
         await until(lambda: sum(stream.last > 10 for stream in streams) > 30)
         stand.gateways[0].kill()
-    # A gateway that needs too long to queue a request refuses it, and cancels what it may have queued.
+    # A gateway that takes too long to queue a request refuses it, and cancels what it queued.
     ids = stand.ended("cancelled")[before:]
     assert len(ids) == len(set(ids)) == 100
 
