@@ -73,10 +73,15 @@ def _queue(settings: Settings) -> ArqRedis:
     return ArqRedis(
         pool,
         # arq pickles by default; whoever can write to Redis must not be able to run code here.
-        job_serializer=msgspec.msgpack.encode,
+        job_serializer=_serialize,
         job_deserializer=msgspec.msgpack.decode,
         default_queue_name=QUEUE,
     )
+
+
+def _serialize(job: dict[str, Any]) -> bytes:
+    # What failed in arq itself is an exception.
+    return msgspec.msgpack.encode(job, enc_hook=repr)
 
 
 def _worker(queue: ArqRedis, store: Store) -> Worker:

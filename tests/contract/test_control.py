@@ -203,6 +203,23 @@ async def test_control_outlives_a_server_that_stands_still(
     await store.close()
 
 
+async def test_a_job_whose_data_are_lost_is_no_failure(
+    own_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after FLUSHALL between the reading of a job's name and of the job."""
+    running = asyncio.create_task(control.main._run(Settings(redis_url=own_server.url)))
+    store = Store(connect(own_server.url, timeout_s=5))
+    await store.client.zadd(control.main.QUEUE, {"lost": 1})
+    async with asyncio.timeout(10):
+        while await store.client.zscore(control.main.QUEUE, "lost") is not None:
+            await asyncio.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    await store.close()
+    assert "lost expired" in caplog.text
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 async def test_old_dead_letters_go(opened: Store) -> None:
     for _ in range(300):
         await opened.client.xadd(keys.DEAD, {"rid": "x"}, id="1-*")
