@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 
 #include "matrix.h"
 #include "simd.h"
@@ -23,30 +24,41 @@ int block_rows(int depth) {
     return std::clamp(rows, 32, BLOCK_ROWS);
 }
 
-// Rows that one pass over a panel takes: as many as there are registers for their sums. With 16
-// registers it takes one half of the panel, and then the other, which the nearest cache holds.
+// What one pass over weights takes: KERNEL_ROWS rows, as many as there are registers for their
+// sums, times KERNEL_COLUMNS columns, through so much of the inner dimension.
 #if defined(__AVX512F__)
 template <class T>
 constexpr int KERNEL_ROWS = 8;  // 16 sums, of 32 registers
+constexpr int KERNEL_COLUMNS = PANEL;
+constexpr int KERNEL_DEPTH = INT_MAX;  // all of it at once
 #else
 template <class T>
 constexpr int KERNEL_ROWS = 6;  // 12 sums, of 16 registers
 template <>
 constexpr int KERNEL_ROWS<bf16> = 4;  // 8: each vector of bf16 is two of floats
+// Tile by tile, as they lie in memory: the processor sees the order and fetches what comes next,
+// and all rows read a tile from the nearest cache. It costs to load and store sums at each tile.
+constexpr int KERNEL_COLUMNS = TILE_COLUMNS;
+constexpr int KERNEL_DEPTH = TILE_DEPTH;
 #endif
 
-// R rows times V vectors of a panel, from the beginning of a tile's columns on. out: [R][PANEL].
-template <class T, int R, int V>
-inline void multiply_vectors(const T* a, size_t stride, const T* panel, int depth, float* out) {
-    constexpr int D = DEPTH<T>;
+// R rows times the columns from `w` on. out: [R][PANEL], what comes before `depth` summed up in it
+// unless this begins. FETCHES: the weights that come 8 KiB later, too.
+template <class T, bool FETCHES, int R>
+inline void multiply_rows(const T* a, size_t stride, const T* w, int depth, float* out,
+                          bool begins) {
+    constexpr int D = DEPTH<T>, V = KERNEL_COLUMNS / LANES;
     Vec sums[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r][v] = zero();
-    for (int k = 0; k < depth; k += D) {
-        const T* w = panel + place_in_panel<T>(k, 0);
-        __builtin_prefetch(w + 2048 * D);
+        for (int v = 0; v < V; v++)
+            sums[r][v] = begins ? zero() : load(out + r * PANEL + v * LANES);
+    // A constant where it can be one: then the loop is unrolled.
+    const int end = KERNEL_DEPTH == INT_MAX ? depth : KERNEL_DEPTH;
+    for (int k = 0; k < end; k += D) {
+        const T* line = w + place_in_panel<T>(k, 0);
+        if constexpr (FETCHES) __builtin_prefetch(line + 2048 * D);
         Lanes<T> lanes[V];
-        for (int v = 0; v < V; v++) lanes[v] = load_lanes(w + place_in_panel<T>(0, v * LANES));
+        for (int v = 0; v < V; v++) lanes[v] = load_lanes(line + place_in_panel<T>(0, v * LANES));
         for (int r = 0; r < R; r++) {
             Factor<T> x = factor(a + r * stride + k);
             for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], lanes[v], x);
@@ -56,26 +68,12 @@ inline void multiply_vectors(const T* a, size_t stride, const T* panel, int dept
         for (int v = 0; v < V; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
 }
 
-template <class T, int R>
-inline void multiply_rows(const T* a, size_t stride, const T* panel, int depth, float* out) {
-    constexpr int V = PANEL / LANES;
-    if constexpr (V == 2 || R < 3) {
-        // With so few rows all sums of a panel have registers, and more of them hide a sum's
-        // latency.
-        multiply_vectors<T, R, V>(a, stride, panel, depth, out);
-    } else {
-        for (int column = 0; column < PANEL; column += TILE_COLUMNS)
-            multiply_vectors<T, R, V / 2>(a, stride, panel + place_in_panel<T>(0, column), depth,
-                                          out + column);
-    }
-}
-
-template <class T, int R = KERNEL_ROWS<T>>
-inline void multiply_some(int rows, const T* a, size_t stride, const T* panel, int depth,
-                          float* out) {
+template <class T, bool FETCHES, int R = KERNEL_ROWS<T>>
+inline void multiply_some(int rows, const T* a, size_t stride, const T* w, int depth, float* out,
+                          bool begins) {
     if constexpr (R > 0) {
-        if (rows >= R) return multiply_rows<T, R>(a, stride, panel, depth, out);
-        multiply_some<T, R - 1>(rows, a, stride, panel, depth, out);
+        if (rows >= R) return multiply_rows<T, FETCHES, R>(a, stride, w, depth, out, begins);
+        multiply_some<T, FETCHES, R - 1>(rows, a, stride, w, depth, out, begins);
     }
 }
 
@@ -105,9 +103,17 @@ Ahead ahead_of(const T* panel, int depth, int block, int blocks) {
 template <class T>
 inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
                            float* out, Ahead) {
-    for (int r = 0; r < rows; r += KERNEL_ROWS<T>)
-        multiply_some<T>(std::min(KERNEL_ROWS<T>, rows - r), a + r * stride, stride, panel, depth,
-                         out + r * PANEL);
+    constexpr int R = KERNEL_ROWS<T>;
+    for (int k = 0; k < depth; k += std::min(depth, KERNEL_DEPTH))
+        for (int column = 0; column < PANEL; column += KERNEL_COLUMNS) {
+            const T* w = panel + place_in_panel<T>(k, column);
+            const T* x = a + k;
+            float* to = out + column;
+            multiply_some<T, true>(std::min(R, rows), x, stride, w, depth, to, k == 0);
+            for (int r = R; r < rows; r += R)
+                multiply_some<T, false>(std::min(R, rows - r), x + r * stride, stride, w, depth,
+                                        to + r * PANEL, k == 0);
+        }
 }
 
 #if RTS_TILES
