@@ -15,14 +15,15 @@ BENCH_ARGS ?=
 up: env ## start the whole cluster here: server, gateway, worker, control
 	@$(PYTHON) -m realtime_serve.cli up --end-with-parent
 
-# What measures times or fills both cores has the machine for itself; the rest two files at a time.
+# What measures times closely or fills both cores has the machine for itself. The rest runs two files
+# at a time, the slow ones first.
 ALONE := $(patsubst %,tests/e2e/test_%.py,balancers cluster demo_model_cluster http_outage) \
 	tests/chaos
 
 test: env-dev ## run all tests (a quarter of an hour)
 	@$(PYTHON) -m realtime_serve.demo_model
-	@$(PYTHON) -m pytest tests/unit tests/contract tests/deploy tests/e2e $(ALONE:%=--ignore=%) \
-		-n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest tests/e2e tests/contract tests/deploy tests/unit $(ALONE:%=--ignore=%) \
+		-n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@$(PYTHON) -m pytest $(ALONE) $(PYTEST_ARGS)
 
 test-fast: env-dev ## run the unit tests (under 20 seconds, no torch)

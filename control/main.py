@@ -80,8 +80,14 @@ def _queue(settings: Settings) -> ArqRedis:
 
 
 def _serialize(job: dict[str, Any]) -> bytes:
-    # What failed in arq itself is an exception.
-    return msgspec.msgpack.encode(job, enc_hook=repr)
+    return msgspec.msgpack.encode(job, enc_hook=_text_of)
+
+
+def _text_of(result: object) -> str:
+    # The result of a job that arq could not run: it serializes what it does not keep, too.
+    if isinstance(result, Exception):
+        return repr(result)
+    raise NotImplementedError
 
 
 def _worker(queue: ArqRedis, store: Store) -> Worker:

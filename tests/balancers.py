@@ -13,6 +13,7 @@ from cluster import ROOT, free_port
 from realtime_serve.lifeline import Lifeline
 
 BALANCERS = ("haproxy", "nginx")
+LISTENS_WITHIN_S = 20
 
 
 class Balancer:
@@ -56,18 +57,16 @@ class Balancer:
             )
         self._wait(folder / f"{kind}.log")
 
-    def _wait(self, log: Path, most_s: float = 20) -> None:
+    def _wait(self, log: Path) -> None:
         """Until it listens; its log says why it does not."""
-        until = time.monotonic() + most_s
-        while True:
+        until = time.monotonic() + LISTENS_WITHIN_S
+        while self._process.poll() is None and time.monotonic() < until:
             with socket.socket() as sock:
                 if sock.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
-            ended = self._process.poll() is not None
-            if ended or time.monotonic() > until:
-                self.stop()
-                raise OSError(f"the balancer does not listen: {log.read_text()}")
             time.sleep(0.02)
+        self.stop()
+        raise OSError(f"the balancer does not listen: {log.read_text()}")
 
     def __enter__(self) -> Balancer:
         return self

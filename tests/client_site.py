@@ -84,7 +84,7 @@ class Stand:
             time.sleep(0.01)
 
     def ended(self, but: str = "") -> list[str]:
-        """The request ids of the facts of requests that ended, for another reason than this."""
+        """The request ids of the facts of requests that ended, but for those with this reason."""
         facts = [fields for _, fields in self.redis.xrange(keys.ENDED)]
         return [fact[b"rid"].decode() for fact in facts if fact[b"reason"].decode() != but]
 

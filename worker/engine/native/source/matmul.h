@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <climits>
 
 #include "matrix.h"
 #include "simd.h"
@@ -25,25 +24,28 @@ int block_rows(int depth) {
 }
 
 // What one pass over weights takes: KERNEL_ROWS rows, as many as there are registers for their
-// sums, times KERNEL_COLUMNS columns, through so much of the inner dimension.
+// sums, and KERNEL_COLUMNS columns; of the inner dimension a tile's, or all of it.
 #if defined(__AVX512F__)
 template <class T>
 constexpr int KERNEL_ROWS = 8;  // 16 sums, of 32 registers
 constexpr int KERNEL_COLUMNS = PANEL;
-constexpr int KERNEL_DEPTH = INT_MAX;  // all of it at once
+constexpr bool TILE_BY_TILE = false;
 #else
 template <class T>
 constexpr int KERNEL_ROWS = 6;  // 12 sums, of 16 registers
 template <>
 constexpr int KERNEL_ROWS<bf16> = 4;  // 8: each vector of bf16 is two of floats
-// Tile by tile, as they lie in memory: the processor sees the order and fetches what comes next,
-// and all rows read a tile from the nearest cache. It costs to load and store sums at each tile.
 constexpr int KERNEL_COLUMNS = TILE_COLUMNS;
-constexpr int KERNEL_DEPTH = TILE_DEPTH;
+// In the order in which they lie in memory: the processor sees it and fetches what comes next, and
+// all rows read a tile from the nearest cache. That is worth the sums' way to memory and back.
+constexpr bool TILE_BY_TILE = true;
 #endif
 
-// R rows times the columns from `w` on. out: [R][PANEL], what comes before `depth` summed up in it
-// unless this begins. FETCHES: the weights that come 8 KiB later, too.
+// How far ahead weights are fetched: what hides the memory's latency at the speed of their use.
+constexpr int AHEAD_BYTES = 8192;
+
+// R rows times the columns from `w` on. out: [R][PANEL], what earlier tiles have summed up, unless
+// this begins. depth: of the panel. FETCHES: weights AHEAD_BYTES behind these, too.
 template <class T, bool FETCHES, int R>
 inline void multiply_rows(const T* a, size_t stride, const T* w, int depth, float* out,
                           bool begins) {
@@ -51,12 +53,12 @@ inline void multiply_rows(const T* a, size_t stride, const T* w, int depth, floa
     Vec sums[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++)
-            sums[r][v] = begins ? zero() : load(out + r * PANEL + v * LANES);
-    // A constant where it can be one: then the loop is unrolled.
-    const int end = KERNEL_DEPTH == INT_MAX ? depth : KERNEL_DEPTH;
+            sums[r][v] = TILE_BY_TILE && !begins ? load(out + r * PANEL + v * LANES) : zero();
+    // A constant where it can be one: that makes the loop a fifth faster.
+    const int end = TILE_BY_TILE ? TILE_DEPTH : depth;
     for (int k = 0; k < end; k += D) {
         const T* line = w + place_in_panel<T>(k, 0);
-        if constexpr (FETCHES) __builtin_prefetch(line + 2048 * D);
+        if constexpr (FETCHES) __builtin_prefetch(line + AHEAD_BYTES / sizeof(T));
         Lanes<T> lanes[V];
         for (int v = 0; v < V; v++) lanes[v] = load_lanes(line + place_in_panel<T>(0, v * LANES));
         for (int r = 0; r < R; r++) {
@@ -89,8 +91,6 @@ struct Ahead {
 // leave it idle.
 template <class T>
 Ahead ahead_of(const T* panel, int depth, int block, int blocks) {
-    // So far ahead hides the memory's latency at the speed at which tiles are used up.
-    constexpr int AHEAD_BYTES = 8192;
     constexpr int PANEL_LINES = TILE_DEPTH * PANEL * sizeof(T) / LINE;
     const char* bytes = reinterpret_cast<const char*>(panel);
     if (blocks == 1) return {bytes + AHEAD_BYTES, PANEL_LINES};
@@ -104,14 +104,16 @@ template <class T>
 inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
                            float* out, Ahead) {
     constexpr int R = KERNEL_ROWS<T>;
-    for (int k = 0; k < depth; k += std::min(depth, KERNEL_DEPTH))
+    // A tile stays in the nearest cache for the rows that come later, a panel does not.
+    constexpr bool AGAIN = !TILE_BY_TILE;
+    for (int k = 0; k < depth; k += TILE_BY_TILE ? TILE_DEPTH : depth)
         for (int column = 0; column < PANEL; column += KERNEL_COLUMNS) {
             const T* w = panel + place_in_panel<T>(k, column);
             const T* x = a + k;
             float* to = out + column;
             multiply_some<T, true>(std::min(R, rows), x, stride, w, depth, to, k == 0);
             for (int r = R; r < rows; r += R)
-                multiply_some<T, false>(std::min(R, rows - r), x + r * stride, stride, w, depth,
+                multiply_some<T, AGAIN>(std::min(R, rows - r), x + r * stride, stride, w, depth,
                                         to + r * PANEL, k == 0);
         }
 }

@@ -21,7 +21,7 @@ constexpr int TILE_DEPTH = 32, TILE_COLUMNS = 16;
 template <class T>
 struct Matrix {
     int outputs = 0, inputs = 0;
-    int depth = 0;  // inputs, rounded up
+    int depth = 0;  // inputs, rounded up to TILE_DEPTH
     int panels = 0;
     Array<T> weights;
     Array<float> bias;  // [panels * PANEL], or empty
@@ -57,7 +57,7 @@ size_t place_in_panel(int k, int column) {
 template <class T>
 Matrix<T> pack(Memory& memory, Team& team, const T* source, int outputs, int inputs, Order order) {
     Matrix<T> m;
-    m.outputs = outputs, m.inputs = inputs, m.depth = round_up(inputs, 32);
+    m.outputs = outputs, m.inputs = inputs, m.depth = round_up(inputs, TILE_DEPTH);
     m.panels =
         order == Order::plain ? round_up(outputs, PANEL) / PANEL : round_up(outputs / 2, 16) / 16;
     m.weights = memory.zeros<T>(size_t(m.panels) * PANEL * m.depth);
