@@ -73,14 +73,10 @@ def _queue(settings: Settings) -> ArqRedis:
     return ArqRedis(
         pool,
         # arq pickles by default; whoever can write to Redis must not be able to run code here.
-        job_serializer=_serialize,
+        job_serializer=msgspec.msgpack.Encoder(enc_hook=_text_of).encode,
         job_deserializer=msgspec.msgpack.decode,
         default_queue_name=QUEUE,
     )
-
-
-def _serialize(job: dict[str, Any]) -> bytes:
-    return msgspec.msgpack.encode(job, enc_hook=_text_of)
 
 
 def _text_of(result: object) -> str:

@@ -315,7 +315,7 @@ async def test_a_request_whose_reply_is_lost_runs_once(
 
 
 async def test_many_streams_and_a_gateway_dies(stand: Stand, client: AsyncClient) -> None:
-    before = len(stand.ended("cancelled"))
+    before, answered = len(stand.ended()), len(stand.ended("cancelled"))
 
     async def one(seed: int) -> None:
         count = 100 + seed
@@ -333,8 +333,10 @@ async def test_many_streams_and_a_gateway_dies(stand: Stand, client: AsyncClient
         await until(lambda: sum(stream.last > 10 for stream in streams) > 30)
         stand.gateways[0].kill()
     # A gateway that takes too long to queue a request refuses it, and cancels what it queued.
-    ids = stand.ended("cancelled")[before:]
-    assert sorted(ids) == sorted(stream.request_id for stream in streams)
+    ids = stand.ended("cancelled")[answered:]
+    assert sorted(ids) == sorted({stream.request_id for stream in streams})
+    assert len(ids) == 100
+    assert set(stand.ended()[before:]) == set(ids)
 
 
 async def test_one_client_in_many_threads(stand: Stand) -> None:
