@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -12,8 +13,8 @@ from worker.engine.backend import Backend
 from worker.engine.cpu import CpuBackend
 from worker.engine.decoder import Sizes, Weight
 from worker.engine.load_check import LoadCheck, refuse_by_config
-from worker.engine.loader import LoadedModel, load, locate
-from worker.engine.native.build import NativeUnavailable
+from worker.engine.loader import LoadedModel, dtype_for, load, locate
+from worker.engine.native.build import NativeUnavailable, best_level
 from worker.engine.recipe import Known
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,12 @@ def open_model(options: EngineOptions, device: torch.device) -> LoadedModel | Kn
         ModelLoadError: there is no such model, or it is broken.
     """
     folder = locate(options.source, options.data_dir, options.progress)
-    if device.type == "cpu" and options.backend != "reference":
+    native = device.type == "cpu" and options.backend != "reference" and _has_level()
+    if native:
         options.progress("preparing the native backend", 0.0)
         if (known := recipe.find(folder, options)) is not None:
             return known
-    return load(folder, options.dtype, options.source, options.progress)
+    return _load(folder, options, native=native)
 
 
 def make_backend(
@@ -62,7 +64,7 @@ def make_backend(
             raise
         except Exception as error:
             log.warning(f"what is known of {model.folder} is of no use: {error}")
-            model = load(model.folder, options.dtype, options.source, options.progress)
+            model = _load(model.folder, options, native=True)
         else:
             log.info("backend", extra={"backend": "cpu", "level": backend.level, "known": True})
             return backend
@@ -88,7 +90,24 @@ def make_backend(
     log.info("backend", extra={"backend": "reference", "why": why})
     from worker.engine.reference import ReferenceBackend
 
+    if model.folder is not None and model.dtype != dtype_for(options.dtype):
+        # It was loaded for compiled code. Not converted: what was rounded stays rounded, and the
+        # dtype stands for the tokens that are served.
+        model = _load(model.folder, options, native=False)
     return ReferenceBackend(model.model, device, size)
+
+
+def _has_level() -> bool:
+    try:
+        best_level()
+    except NativeUnavailable:
+        return False
+    return True
+
+
+def _load(folder: Path, options: EngineOptions, *, native: bool) -> LoadedModel:
+    dtype = dtype_for(options.dtype, native=native)
+    return load(folder, dtype, options.source, options.progress)
 
 
 def _checked(

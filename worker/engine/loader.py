@@ -65,6 +65,11 @@ class LoadedModel:
     folder: Path | None = None
 
     @property
+    def dtype(self) -> str:
+        """In which it computes."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def weights_bytes(self) -> int:
         """What its weights take."""
         return sum(each.numel() * each.itemsize for each in self.model.parameters())
@@ -76,7 +81,7 @@ def load(folder: Path, dtype: str, source: str, progress: Progress = no_progress
     Args:
         folder: as `locate` found it.
         source: how the user calls it.
-        dtype: "bfloat16", "float32", or "auto": bfloat16 where the hardware computes in it.
+        dtype: "bfloat16" or "float32".
         progress: told how far it is.
 
     Raises:
@@ -86,7 +91,7 @@ def load(folder: Path, dtype: str, source: str, progress: Progress = no_progress
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = torch.float32 if dtype_for(dtype) == "float32" else torch.bfloat16
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
     with _explained(source), _quiet():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, local_files_only=True, trust_remote_code=False
@@ -189,17 +194,28 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = no_progress) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def dtype_for(asked: str) -> str:
-    """The dtype that is asked for; "auto" is bfloat16 where the hardware multiplies in it."""
+def dtype_for(asked: str, *, native: bool = False) -> str:
+    """The dtype that is asked for; "auto" is bfloat16 where it is fast.
+
+    Args:
+        asked: "bfloat16", "float32" or "auto".
+        native: whether our compiled code computes. It is as fast as memory in bfloat16 on every
+            processor that it is for; torch needs instructions for it, or takes several times as
+            long as in float32.
+    """
     if asked != "auto":
         return asked
+    return "bfloat16" if native or _multiplies_bfloat16() else "float32"
+
+
+def _multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether torch's device has instructions for it."""
     import torch
 
     if torch.cuda.is_available():
-        return "bfloat16"
-    cpuinfo = Path("/proc/cpuinfo")
+        return True
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def _download(source: str, progress: Progress) -> Path:

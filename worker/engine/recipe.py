@@ -191,7 +191,7 @@ def _place(options: EngineOptions, version: str) -> Path | None:
     code = built_library(level, options.data_dir / "native")
     if code is None:
         return None
-    dtype = dtype_for(options.dtype)
+    dtype = dtype_for(options.dtype, native=True)
     kind = "exact" if options.deterministic else "fast"
     digest = hashlib.sha256(_code() + code.read_bytes()).hexdigest()[:16]
     return options.data_dir / "recipes" / f"{version}-{dtype}-{level}-{kind}-{digest}"
