@@ -40,7 +40,8 @@ class EngineReport:
         machine: see `benchmarks.machine`. model: its name. count: of rounds.
         http: by contender, whether it is asked over HTTP.
         rounds: by load and contender. starts: by contender. skipped: by contender, why.
-        versions: of the rivals' packages. limit, shape: of the machine and the model, if there is.
+        versions: of the rivals' packages, and dtypes.
+        limit, shape: of the machine and the model, if there is.
     """
 
     machine: dict[str, Any]
@@ -122,7 +123,7 @@ class EngineReport:
 
     def _limits(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        words = f"Others: {versions}. " if versions else ""
+        words = f"Compared: {versions}. " if versions else ""
         if self.limit is None:
             return words
         return (

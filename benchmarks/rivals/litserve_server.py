@@ -1,6 +1,6 @@
 """A LitServe server that streams a transformers model: as its users write one, and with batches.
 
-    python litserve_server.py FOLDER PORT BATCH
+    python litserve_server.py FOLDER PORT BATCH DTYPE
 
 With BATCH 1 requests are served one after the other. With more, requests that wait at the same time
 are generated together, as one batch from start to end; all prompts must have the same length.
@@ -49,16 +49,17 @@ class Streamer(BaseStreamer):
 class Api(litserve.LitAPI):
     """The model behind POST /predict."""
 
-    def __init__(self, folder: str, batch: int) -> None:
+    def __init__(self, folder: str, batch: int, dtype: str) -> None:
         waits = {"max_batch_size": batch, "batch_timeout": 0.005} if batch > 1 else {}
         super().__init__(stream=True, **waits)
         self._folder = folder
         self._batched = batch > 1
+        self._dtype = dtype
 
     def setup(self, device: str) -> None:
         """Loads the model, in the process that will run it."""
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype)
         self._model = model.to(device)
         self._device = device
 
@@ -109,6 +110,6 @@ class Api(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    folder, port, batch = sys.argv[1:]
-    server = litserve.LitServer(Api(folder, int(batch)), accelerator="auto", timeout=600)
+    folder, port, batch, dtype = sys.argv[1:]
+    server = litserve.LitServer(Api(folder, int(batch), dtype), accelerator="auto", timeout=600)
     server.run(host="127.0.0.1", port=int(port), generate_client_file=False, log_level="warning")

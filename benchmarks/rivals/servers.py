@@ -22,6 +22,7 @@ from benchmarks.rivals.environments import (
 )
 from benchmarks.server import HOST, Server, cpu_s, free_port, get, memory_mb
 from realtime_serve.screen import Screen
+from worker.engine.loader import dtype_for
 
 _START_S = 600.0
 _LITSERVE = str(Path(__file__).with_name("litserve_server.py"))
@@ -34,7 +35,8 @@ class Rival:
 
     Attributes:
         name: for people. environment: what it runs in; None: a program of this machine.
-        command: after the interpreter; {model}, {port} and {streams} are filled in.
+        command: after the interpreter; {model}, {port}, {streams}, {context} and {dtype}, in which
+            torch is the fastest here, are filled in.
         path: of its endpoint. health: page that answers 200 when it is ready.
         fields: of its requests, for a load. names_model: whether they name the model by its folder.
         env: environment variables; {prefix} is the environment's folder, {cores} as in 0-1.
@@ -80,7 +82,7 @@ def _transformers(name: str, *flags: str, streams: int, usual: bool) -> Rival:
         TRANSFORMERS,
         (
             *("-m", "transformers.cli.transformers", "serve", "{model}", "--host", HOST),
-            *("--port", "{port}", "--dtype", "bfloat16", "--log-level", "error", *flags),
+            *("--port", "{port}", "--dtype", "{dtype}", "--log-level", "error", *flags),
         ),
         "/v1/completions",
         "/health",
@@ -95,7 +97,7 @@ def _litserve(name: str, batch: int, *, streams: int) -> Rival:
     return Rival(
         name,
         LITSERVE,
-        (_LITSERVE, "{model}", "{port}", str(batch)),
+        (_LITSERVE, "{model}", "{port}", str(batch), "{dtype}"),
         "/predict",
         "/health",
         lambda load: {},
@@ -111,7 +113,7 @@ RIVALS = (
         VLLM,
         (
             *("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--host", HOST),
-            *("--port", "{port}", "--dtype", "bfloat16"),
+            *("--port", "{port}", "--dtype", "{dtype}"),
         ),
         "/v1/completions",
         "/health",
@@ -169,6 +171,11 @@ def interpreter(rival: Rival, root: Path, gguf: Path | None, screen: Screen) -> 
     return ""
 
 
+def rival_dtype(rival: Rival) -> str:
+    """The dtype that a rival is told to compute in, the fastest for torch here; "" if it is not."""
+    return dtype_for("auto") if "{dtype}" in rival.command else ""
+
+
 class RunningRival:
     """A rival that serves.
 
@@ -190,6 +197,7 @@ class RunningRival:
             "context": str(min(streams, rival.streams) * context),
             "prefix": str(Path(python).parents[1]) if python else "",
             "cores": _cores(),
+            "dtype": rival_dtype(rival),
         }
         command = [word.format(**filled) for word in rival.command]
         # Nothing of it is to be fetched while it is measured.
