@@ -108,7 +108,7 @@ class Settings:
     )
     dtype: str = _setting(
         "auto",
-        "number format of weights and cache",
+        "number format of weights and cache; auto is bfloat16 where that is fast",
         _WORKER,
         choices=("auto", "bfloat16", "float32"),
     )

@@ -35,13 +35,13 @@ def options(tmp_path: Path) -> EngineOptions:
 
 @pytest.fixture
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's device has no instructions for bfloat16."""
+    """A device without instructions for bfloat16."""
     monkeypatch.setattr(loader, "_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture
 def new(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has."""
+    """A device with them."""
     monkeypatch.setattr(loader, "_multiplies_bfloat16", lambda: True)
 
 
