@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -30,10 +31,18 @@ REDIS_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 """Pause before the worker is started again after Redis was away."""
 
+HEARTBEAT_S = 1.0
+
 
 def main(settings: Settings) -> int:
     """Runs the control process until SIGTERM or SIGINT; returns the exit status."""
     setup_logging(settings, "control")
+    if settings.heartbeat_file:
+        try:
+            Path(settings.heartbeat_file).touch()
+        except OSError as error:
+            log.error(f"RTS_HEARTBEAT_FILE cannot be written: {error}")
+            return 1
     return asyncio.run(_run(settings))
 
 
@@ -44,6 +53,8 @@ async def _run(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
     stopping = asyncio.create_task(stop.wait())
+    if settings.heartbeat_file:
+        _beat(loop, Path(settings.heartbeat_file))
     try:
         while not stop.is_set():
             queue = _queue(settings)
@@ -65,6 +76,12 @@ async def _run(settings: Settings) -> int:
         stopping.cancel()
         await store.close()
     return 0
+
+
+def _beat(loop: asyncio.AbstractEventLoop, file: Path) -> None:
+    """Touches a file each second, also while Redis is away: a new process would not help then."""
+    file.touch()
+    loop.call_later(HEARTBEAT_S, _beat, loop, file)
 
 
 def _queue(settings: Settings) -> ArqRedis:

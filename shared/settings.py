@@ -182,6 +182,11 @@ class Settings:
         "folder for models and for the server's data",
         ("up", "worker"),
     )
+    heartbeat_file: str = _setting(
+        "",
+        "file that control touches each second while its loop turns, for probes; empty = none",
+        ("control",),
+    )
     log_format: str = _setting(
         "auto",
         "auto = console on a terminal, else json",
