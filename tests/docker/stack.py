@@ -5,7 +5,7 @@ restarts or replaces every service under 100 streams, none of which may break, s
 that is killed does break some, has the demo model answer, and takes it all down. Says so, and does
 nothing, where there is no engine. Settings, as environment variables: COMPOSE (the command,
 `docker compose`), DOCKER_BUILD_ARGS (further arguments of `docker build`, where package indexes
-need some).
+need some), DOCKER_CUDA (anything: the image for GPUs is built as well, from 3 GB of packages).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _wait_until_healthy(container: str) -> None:
 
 
 def build() -> dict[str, str]:
-    """The two images; returns IMAGES, or what stands in for them where they cannot be pulled."""
+    """Makes our images; returns IMAGES, or what stands in for them where they cannot be pulled."""
     command = [str(ROOT / "tests/docker/stand_ins.sh"), *IMAGES.values()]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     images = dict(zip(IMAGES, found, strict=True))
@@ -186,7 +186,8 @@ def build() -> dict[str, str]:
     base = images["PYTHON_IMAGE"]
     below = int(docker("image", "inspect", "--format", "{{.Size}}", base))
     os.environ["DOCKER_BUILDKIT"] = "1"
-    for target in ("gateway", "worker"):
+    workers = ["worker", *(["worker-cuda"] if os.environ.get("DOCKER_CUDA") else [])]
+    for target in ("gateway", *workers):
         name = f"realtime-ai-serve-{target}:docker-test"
         more = ["--build-arg", f"BASE={base}"]
         more += shlex.split(os.environ.get("DOCKER_BUILD_ARGS", ""))
@@ -197,7 +198,8 @@ def build() -> dict[str, str]:
         print(f"{name}: {size // 10**6} MB, {added} MB of them on top of its base")
     # As it runs, and with no compiler: a library that is not there would be made up for in silence.
     confined = ("--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none")
-    docker("run", *confined, "realtime-ai-serve-worker:docker-test", "python", "-c", LOADS)
+    for target in workers:
+        docker("run", *confined, f"realtime-ai-serve-{target}:docker-test", "python", "-c", LOADS)
     return images
 
 
