@@ -31,15 +31,15 @@ REDIS_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 """Pause before the worker is started again after Redis was away."""
 
-HEARTBEAT_S = 1.0
-
 
 def main(settings: Settings) -> int:
     """Runs the control process until SIGTERM or SIGINT; returns the exit status."""
     setup_logging(settings, "control")
-    if settings.heartbeat_file:
+    if file := _heartbeat_file(settings):
         try:
-            Path(settings.heartbeat_file).touch()
+            # What an earlier process left behind is no sign of this one.
+            file.unlink(missing_ok=True)
+            file.touch()
         except OSError as error:
             log.error(f"RTS_HEARTBEAT_FILE cannot be written: {error}")
             return 1
@@ -53,12 +53,12 @@ async def _run(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
     stopping = asyncio.create_task(stop.wait())
-    if settings.heartbeat_file:
-        _beat(loop, Path(settings.heartbeat_file))
     try:
         while not stop.is_set():
+            # Without Redis, too: a new process would not bring that back.
+            _beat(_heartbeat_file(settings))
             queue = _queue(settings)
-            worker = _worker(queue, store)
+            worker = _worker(queue, store, _heartbeat_file(settings))
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
@@ -78,10 +78,30 @@ async def _run(settings: Settings) -> int:
     return 0
 
 
-def _beat(loop: asyncio.AbstractEventLoop, file: Path) -> None:
-    """Touches a file each second, also while Redis is away: a new process would not help then."""
-    file.touch()
-    loop.call_later(HEARTBEAT_S, _beat, loop, file)
+def _heartbeat_file(settings: Settings) -> Path | None:
+    return Path(settings.heartbeat_file).expanduser() if settings.heartbeat_file else None
+
+
+def _beat(file: Path | None) -> None:
+    if file is None:
+        return
+    try:
+        file.touch()
+    except OSError as error:
+        log.warning("the heartbeat file cannot be written", extra={"error": str(error)})
+
+
+class _Beating(Worker):
+    """arq's worker, which shows by a file that it still looks for jobs."""
+
+    def __init__(self, file: Path | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._file = file
+
+    async def heart_beat(self) -> None:
+        """Called by arq every half a second."""
+        _beat(self._file)
+        await super().heart_beat()
 
 
 def _queue(settings: Settings) -> ArqRedis:
@@ -103,8 +123,9 @@ def _text_of(result: object) -> str:
     raise NotImplementedError
 
 
-def _worker(queue: ArqRedis, store: Store) -> Worker:
-    return Worker(
+def _worker(queue: ArqRedis, store: Store, heartbeat: Path | None) -> Worker:
+    return _Beating(
+        heartbeat,
         cron_jobs=[
             cron(janitor, second=EVERY_SECOND, timeout=10),
             cron(settling, second=EVERY_SECOND, timeout=60),

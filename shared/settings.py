@@ -184,7 +184,7 @@ class Settings:
     )
     heartbeat_file: str = _setting(
         "",
-        "file that control touches each second while its loop turns, for probes; empty = none",
+        "file that control touches while it looks for jobs, for probes; each process has its own",
         ("control",),
     )
     log_format: str = _setting(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,6 +203,40 @@ async def test_control_outlives_a_server_that_stands_still(
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running == 0
     await store.close()
+
+
+async def test_a_file_shows_that_control_works(
+    own_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control.main, "REDIS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(control.main, "RETRY_S", 0.1)
+    file = tmp_path / "heartbeat"
+
+    async def touched() -> bool:
+        """Whether it is, within a few rounds."""
+        os.utime(file, (1.0, 1.0))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                while file.stat().st_mtime == 1.0:
+                    await asyncio.sleep(0.02)
+                return True
+        return False
+
+    settings = Settings(redis_url=own_server.url, heartbeat_file=str(file))
+    running = asyncio.create_task(control.main._run(settings))
+    await asyncio.sleep(0.5)
+    assert await touched()
+    own_server.pause()
+    assert await touched()
+    assert await touched()
+    own_server.go_on()
+    assert await touched()
+    # Its loop turns, but it looks for nothing: as if a call to Redis never returned.
+    monkeypatch.setattr(control.main._Beating, "_poll_iteration", lambda worker: asyncio.sleep(60))
+    await asyncio.sleep(2.0)
+    assert not await touched()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
 
 
 async def test_a_job_whose_data_are_lost_is_no_failure(

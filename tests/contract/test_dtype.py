@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,8 @@ torch = pytest.importorskip("torch")
 
 from tests.contract.models import save, tiny_model  # noqa: E402
 from tests.contract.native import FOLDER, LEVELS  # noqa: E402
-from worker.engine import EngineOptions, backends, loader  # noqa: E402
-from worker.engine.loader import dtype_for  # noqa: E402
+from worker.engine import EngineOptions, backends, loader, torch_engine  # noqa: E402
+from worker.engine.loader import LoadedModel, ModelLoadError, dtype_for  # noqa: E402
 from worker.engine.native.build import NativeUnavailable  # noqa: E402
 from worker.engine.torch_engine import TorchEngine  # noqa: E402
 
@@ -43,6 +44,19 @@ def old(monkeypatch: pytest.MonkeyPatch) -> None:
 def new(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device with them."""
     monkeypatch.setattr(loader, "_multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The dtypes in which models are loaded."""
+    found: list[str] = []
+
+    def load(folder: Path, dtype: str, *more: Any) -> LoadedModel:
+        found.append(dtype)
+        return loader.load(folder, dtype, *more)
+
+    monkeypatch.setattr(backends, "load", load)
+    return found
 
 
 def served(options: EngineOptions) -> tuple[str, str, str]:
@@ -94,47 +108,68 @@ def test_torch_computes_in_bfloat16_with_them(options: EngineOptions) -> None:
     assert served(replace(options, backend="reference"))[:2] == ("ReferenceBackend", "bfloat16")
 
 
+@needs_native
 @pytest.mark.usefixtures("old")
-def test_what_compiled_code_cannot_do_is_loaded_anew_for_torch(
-    options: EngineOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_compiled_code_turns_out_not_to_know_is_loaded_anew(
+    options: EngineOptions, loads: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Of a family that is known, by its config; only a look at the model shows the rest.
+    save(tiny_model("llama", head_dim=16, hidden_act="gelu"), Path(options.source))
     asked = served(replace(options, backend="reference"))
-    (options.data_dir / "native").unlink()
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert loads == ["float32"]
+    loads.clear()
     # float32 as in the files, not rounded on the way: the version says that tokens are the same.
     assert served(options) == asked
-    kept = replace(options, dtype="bfloat16")
-    assert served(kept)[:2] == ("ReferenceBackend", "bfloat16")
+    assert loads == ["bfloat16", "float32"]
+    assert "does not know the activation gelu; torch computes the model in float32" in caplog.text
+    loads.clear()
+    assert served(replace(options, dtype="bfloat16"))[:2] == ("ReferenceBackend", "bfloat16")
+    assert loads == ["bfloat16"]
+
+
+@needs_native
+@pytest.mark.usefixtures("old")
+def test_what_is_loaded_anew_is_the_same_version(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", head_dim=16, hidden_act="gelu", max_position_embeddings=4096)
+    save(model, Path(options.source))
+    # The cache, and with it the context, is as large as the weights and the free memory allow.
+    options = replace(options, kv_cache_mb=0)
+    free = iter([3 << 20, 3 << 20, 1 << 20])
+    monkeypatch.setattr(torch_engine, "free_bytes", lambda: next(free))
+    direct = TorchEngine(replace(options, backend="reference"))
+    anew = TorchEngine(options)
+    assert direct.info.context_length < 4096
+    assert direct.files == anew.files
+    weights = anew._backend._model.state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    direct.close()
+    anew.close()
 
 
 @pytest.mark.usefixtures("old")
-def test_weights_loaded_anew_are_those_of_the_files(
-    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lacks", ["compiler", "level", "family"])
+def test_what_compiled_code_is_not_for_is_loaded_once(
+    options: EngineOptions, loads: list[str], monkeypatch: pytest.MonkeyPatch, lacks: str
 ) -> None:
-    (options.data_dir / "native").unlink()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    engine = TorchEngine(options)
-    weights = engine._backend._model.state_dict()  # type: ignore[attr-defined]
-    own = loader.load(Path(options.source), "float32", "it").model.state_dict()
-    assert all(torch.equal(weights[name], own[name]) for name in own)
-    engine.close()
-
-
-@pytest.mark.usefixtures("old")
-def test_a_processor_that_the_code_is_not_for_loads_float32_at_once(
-    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads: list[str] = []
-
     def none() -> str:
         raise NativeUnavailable("too old")
 
-    def load(folder: Path, dtype: str, *more: object) -> loader.LoadedModel:
-        loads.append(dtype)
-        return loader.load(folder, dtype, *more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(backends, "best_level", none)
-    monkeypatch.setattr("worker.engine.cpu.best_level", none)
-    monkeypatch.setattr(backends, "load", load)
+    if lacks == "compiler":
+        (options.data_dir / "native").unlink()
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif lacks == "level":
+        monkeypatch.setattr(backends, "best_level", none)
+        monkeypatch.setattr("worker.engine.cpu.best_level", none)
+    else:
+        save(tiny_model("phi3"), Path(options.source))
     assert served(options)[:2] == ("ReferenceBackend", "float32")
     assert loads == ["float32"]
+
+
+@pytest.mark.usefixtures("old")
+def test_a_broken_config_is_told_by_who_loads_it(options: EngineOptions) -> None:
+    (Path(options.source) / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match="not a valid JSON"):
+        served(options)

@@ -17,6 +17,7 @@ from realtime_serve.lifeline import Lifeline
 
 ROOT = Path(__file__).parents[2]
 NO_REDIS = "redis://127.0.0.1:1/0"
+ALL = {"compose", "kubernetes"}
 
 
 def commands(file: Path) -> dict[str, list[str]]:
@@ -28,8 +29,7 @@ def commands(file: Path) -> dict[str, list[str]]:
     manifest = next(yaml.safe_load_all((ROOT / "deploy/k8s/base/control.yaml").read_text()))
     container = manifest["spec"]["template"]["spec"]["containers"][0]
     env = {each["name"]: each.get("value") for each in container["env"]}
-    for probe in ("livenessProbe", "startupProbe"):
-        named[probe] = (env, container[probe]["exec"]["command"])
+    named["kubernetes"] = (env, container["livenessProbe"]["exec"]["command"])
     found = {}
     for who, (variables, command) in named.items():
         path = variables["RTS_HEARTBEAT_FILE"]
@@ -45,9 +45,6 @@ def say(file: Path) -> set[str]:
         for who, command in commands(file).items()
         if subprocess.run(command, capture_output=True, check=False).returncode == 0
     }
-
-
-ALL = {"compose", "livenessProbe", "startupProbe"}
 
 
 @contextmanager

@@ -199,7 +199,9 @@ def build() -> dict[str, str]:
     # As it runs, and with no compiler: a library that is not there would be made up for in silence.
     confined = ("--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none")
     for target in workers:
-        docker("run", *confined, f"realtime-ai-serve-{target}:docker-test", "python", "-c", LOADS)
+        image = f"realtime-ai-serve-{target}:docker-test"
+        cuda = docker("run", *confined, image, "python", "-c", LOADS)
+        assert (cuda != "None") == (target == "worker-cuda"), f"{target} has CUDA {cuda}"
     return images
 
 
@@ -208,6 +210,8 @@ from pathlib import Path
 import worker.engine.torch_engine
 from worker.engine.native.build import BUILT, LEVELS, library
 assert all(library(level, Path("/tmp")).parent == BUILT for level in LEVELS)
+import torch
+print(torch.version.cuda)
 """
 
 

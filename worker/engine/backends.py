@@ -13,11 +13,25 @@ from worker.engine.backend import Backend
 from worker.engine.cpu import CpuBackend
 from worker.engine.decoder import Sizes, Weight
 from worker.engine.load_check import LoadCheck, refuse_by_config
-from worker.engine.loader import LoadedModel, dtype_for, load, locate
-from worker.engine.native.build import NativeUnavailable, best_level
+from worker.engine.loader import (
+    LoadedModel,
+    ModelLoadError,
+    dtype_for,
+    load,
+    locate,
+    model_type,
+)
+from worker.engine.native.build import NativeUnavailable, best_level, library
 from worker.engine.recipe import Known
 
 log = logging.getLogger(__name__)
+
+
+class OtherDtype(Exception):
+    """Compiled code cannot compute a model, and torch should not in the dtype it was loaded in.
+
+    The message says why compiled code cannot.
+    """
 
 
 def open_model(options: EngineOptions, device: torch.device) -> LoadedModel | Known:
@@ -27,11 +41,11 @@ def open_model(options: EngineOptions, device: torch.device) -> LoadedModel | Kn
         ModelLoadError: there is no such model, or it is broken.
     """
     folder = locate(options.source, options.data_dir, options.progress)
-    native = device.type == "cpu" and options.backend != "reference" and _has_level()
+    native = device.type == "cpu" and options.backend != "reference" and _is_compiled(options)
     if native:
-        options.progress("preparing the native backend", 0.0)
         if (known := recipe.find(folder, options)) is not None:
             return known
+        native = _is_dense(folder)
     return _load(folder, options, native=native)
 
 
@@ -54,6 +68,7 @@ def make_backend(
 
     Raises:
         EngineError: none does what the options ask for.
+        OtherDtype: the reference could, had the model been loaded for it.
         ModelLoadError: none computes the model rightly.
         MemoryError, torch.OutOfMemoryError: there is not enough.
     """
@@ -87,22 +102,34 @@ def make_backend(
         raise EngineError(f"the native CPU backend cannot be used: {why}")
     if options.deterministic:
         raise EngineError(f"RTS_DETERMINISTIC needs the native CPU backend: {why}")
+    # Not converted: what was rounded stays rounded, and the dtype stands for the tokens served.
+    if model.dtype is not None and model.dtype != dtype_for(options.dtype):
+        raise OtherDtype(why)
     log.info("backend", extra={"backend": "reference", "why": why})
     from worker.engine.reference import ReferenceBackend
 
-    if model.folder is not None and model.dtype != dtype_for(options.dtype):
-        # It was loaded for compiled code. Not converted: what was rounded stays rounded, and the
-        # dtype stands for the tokens that are served.
-        model = _load(model.folder, options, native=False)
     return ReferenceBackend(model.model, device, size)
 
 
-def _has_level() -> bool:
+def _is_compiled(options: EngineOptions) -> bool:
+    """Whether there is code for this processor, once it has been tried to compile it."""
+    options.progress("preparing the native backend", 0.0)
     try:
-        best_level()
+        library(best_level(), options.data_dir / "native")
     except NativeUnavailable:
         return False
     return True
+
+
+def _is_dense(folder: Path) -> bool:
+    """Whether a model is of a family that the code knows, as far as its config tells."""
+    from worker.engine.dense import FAMILIES
+
+    try:
+        return model_type(folder) in FAMILIES
+    except ModelLoadError:
+        # To load it will say more.
+        return False
 
 
 def _load(folder: Path, options: EngineOptions, *, native: bool) -> LoadedModel:

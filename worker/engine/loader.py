@@ -57,17 +57,14 @@ class LoadedModel:
     Attributes:
         model: a transformers module for causal language modelling, on the CPU.
         files: what is published of it.
-        folder: where it is; None for one that was never in files.
+        folder, dtype: where it is, and in which it was loaded; None for one that was never in
+            files.
     """
 
     model: torch.nn.Module
     files: ModelFiles
     folder: Path | None = None
-
-    @property
-    def dtype(self) -> str:
-        """In which it computes."""
-        return str(self.model.dtype).removeprefix("torch.")
+    dtype: str | None = None
 
     @property
     def weights_bytes(self) -> int:
@@ -91,14 +88,14 @@ def load(folder: Path, dtype: str, source: str, progress: Progress = no_progress
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     with _explained(source), _quiet():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kind, local_files_only=True, trust_remote_code=False
         )
         files = _files(folder, model.config, model.generation_config)
     progress("loading weights", 1.0)
-    return LoadedModel(model, files, folder)
+    return LoadedModel(model, files, folder, dtype)
 
 
 def describe(folder: Path) -> ModelFiles:
@@ -115,6 +112,19 @@ def describe(folder: Path) -> ModelFiles:
         if (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         return _files(folder, config, generation)
+
+
+def model_type(folder: Path) -> str:
+    """What transformers calls the decoder of the model in a folder: llama, qwen2, ...
+
+    Raises:
+        ModelLoadError: its config is missing, broken, or of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    with _explained(str(folder)):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return str(config.get_text_config(decoder=True).model_type)
 
 
 def locate(source: str, data_dir: Path, progress: Progress = no_progress) -> Path:
@@ -199,9 +209,9 @@ def dtype_for(asked: str, *, native: bool = False) -> str:
 
     Args:
         asked: "bfloat16", "float32" or "auto".
-        native: whether our compiled code computes. It is as fast as memory in bfloat16 on every
-            processor that it is for; torch needs instructions for it, or takes several times as
-            long as in float32.
+        native: whether our compiled code computes, which has half of the bytes to read then, on
+            every processor that it is for. torch needs instructions for it, or takes several
+            times as long as in float32.
     """
     if asked != "auto":
         return asked

@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from worker.engine import EngineError, EngineOptions
+from worker.engine import EngineError, EngineOptions, ModelFiles
 from worker.engine.backend import Backend, Batch
-from worker.engine.backends import make_backend, open_model
+from worker.engine.backends import OtherDtype, make_backend, open_model
 from worker.engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
 from worker.engine.history import History
 from worker.engine.interface import (
@@ -26,7 +26,7 @@ from worker.engine.interface import (
     StepOutput,
 )
 from worker.engine.load_check import LEAST_BLOCKS
-from worker.engine.loader import LoadedModel
+from worker.engine.loader import LoadedModel, dtype_for
 from worker.engine.memory import free_bytes
 from worker.engine.sampler import FAILED, Draw
 from worker.engine.scheduler import Scheduler, Work
@@ -76,25 +76,19 @@ class TorchEngine:
         # Before anything is loaded: a start that knows the model loads less, and the context, which
         # is part of the version, must not depend on that.
         free = free_bytes()
-        model = loaded or open_model(options, device)
-        free -= 0 if loaded else model.weights_bytes
-        files = model.files
-        most = blocks_for(files.context_length) * options.max_batch_size
-        if blocks:
-            size: Callable[[int], int] = lambda block_bytes: blocks  # noqa: E731
-        else:
-            context = blocks_for(files.context_length)
-            weights = model.weights_bytes
-            size = _cache_size(options.kv_cache_mb, most, context, weights, device, free)
-        # A full batch that generates must leave room in the step for prompts.
-        rows = max(step_rows, options.max_batch_size + step_rows // 2)
+        opened = None
         try:
-            self._backend: Backend = make_backend(model, options, size, device=device, rows=rows)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise EngineError(
-                f"the memory of {device} does not hold the model and its KV cache; a smaller "
-                f"RTS_KV_CACHE_MB may help ({_first_line(error)})"
-            ) from error
+            opened = _opened(options, device, free, loaded, blocks, step_rows)
+        except OtherDtype as why:
+            log.warning(
+                f"the native CPU backend cannot be used: {why}; torch computes the model in "
+                f"{dtype_for(options.dtype)} here, which is another version of it"
+            )
+        # Not in the handler, which holds what was loaded.
+        if opened is None:
+            options = replace(options, backend="reference")
+            opened = _opened(options, device, free, None, blocks, step_rows)
+        files, self._backend, rows = opened
         context_length = min(files.context_length, self._backend.block_count * BLOCK_SIZE)
         log.info(
             "KV cache",
@@ -396,6 +390,41 @@ class TorchEngine:
         if output.finish is not None:
             self._scheduler.remove(output.rid)
         return output
+
+
+def _opened(
+    options: EngineOptions,
+    device: torch.device,
+    free: int,
+    loaded: LoadedModel | None,
+    blocks: int,
+    step_rows: int,
+) -> tuple[ModelFiles, Backend, int]:
+    """What is published of the model, what computes it, and the most rows of a step.
+
+    `free` is the memory before anything was loaded, in bytes.
+
+    Raises:
+        EngineError, OtherDtype: see `make_backend`, `open_model`; or there is no memory for it.
+    """
+    model = loaded or open_model(options, device)
+    files, weights = model.files, model.weights_bytes
+    free -= 0 if loaded else weights
+    if blocks:
+        size: Callable[[int], int] = lambda block_bytes: blocks  # noqa: E731
+    else:
+        context = blocks_for(files.context_length)
+        most = context * options.max_batch_size
+        size = _cache_size(options.kv_cache_mb, most, context, weights, device, free)
+    # A full batch that generates must leave room in the step for prompts.
+    rows = max(step_rows, options.max_batch_size + step_rows // 2)
+    try:
+        return files, make_backend(model, options, size, device=device, rows=rows), rows
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EngineError(
+            f"the memory of {device} does not hold the model and its KV cache; a smaller "
+            f"RTS_KV_CACHE_MB may help ({_first_line(error)})"
+        ) from error
 
 
 def _result(token: int) -> int | str:
