@@ -32,8 +32,10 @@ class Cluster:
         **settings: of the cluster.
 
     Attributes:
-        started_s: how long the start took.
+        started_s: how long the start took. dtype: of its worker; "" where the engine tells none.
     """
+
+    dtype = ""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,10 @@ class Cluster:
         if get(self._settings.port, "/readyz")[0] != 200:
             return False
         status, body = get(self._settings.port, "/status")
-        return status == 200 and bool(json.loads(body)["workers"])
+        workers = json.loads(body)["workers"] if status == 200 else []
+        if workers and workers[0]["dtype"] != "none":
+            self.dtype = workers[0]["dtype"]
+        return bool(workers)
 
     def _find_roles(self) -> dict[str, psutil.Process]:
         roles = {}

@@ -14,7 +14,7 @@ from benchmarks.figures import Figures
 from benchmarks.load import Answer, Load, Prompts
 from benchmarks.rivals.environments import OPENVINO
 from benchmarks.rivals.openvino_export import export
-from benchmarks.rivals.servers import RIVALS, Rival, RunningRival, interpreter, rival_dtype
+from benchmarks.rivals.servers import RIVALS, Rival, RunningRival, interpreter
 from realtime_serve.screen import Screen
 
 ALONE, CLUSTER, OPENVINO_NAME = "engine alone", "cluster", "OpenVINO GenAI"
@@ -22,7 +22,13 @@ _OPENVINO_ENGINE = "benchmarks.rivals.openvino_engine:OpenVinoEngine"
 
 
 class Subject(Protocol):
-    """Whatever runs and can be measured."""
+    """Whatever runs and can be measured.
+
+    Attributes:
+        dtype: that it computes in; "" where it does not tell.
+    """
+
+    dtype: str
 
     def run(self, load: Load, prompts: Prompts) -> Figures:
         """Runs a load."""
@@ -43,8 +49,7 @@ class Contender:
 
     Attributes:
         name: for people. http: whether it is asked over HTTP, or runs in the asking process.
-        prepare: installs what is missing; gives what starts it, and what the report says of it:
-            versions by package, its dtype.
+        prepare: installs what is missing; gives what starts it, and versions by package.
         streams: most that it is asked for. samples: whether it is measured with sampling, too.
         usual: whether it is measured when nobody asks for it by name.
     """
@@ -127,8 +132,6 @@ def _server(
 ) -> tuple[Callable[[], Subject], dict[str, str]]:
     python = interpreter(rival, setting.environments, setting.gguf, setting.screen)
     versions = rival.environment.versions(python) if rival.environment else {}
-    if dtype := rival_dtype(rival):
-        versions[f"{rival.name} in"] = dtype
     source = model if python else (setting.gguf or model)
 
     def start() -> Subject:

@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import limits, machine, plot, random_llama
-from benchmarks.contenders import ALONE, Contender, Setting, Subject, contenders
-from benchmarks.engine_loop import EngineLoop
+from benchmarks.contenders import Contender, Setting, Subject, contenders
 from benchmarks.engine_report import EngineReport, Start
 from benchmarks.figures import BenchError, Rounds
 from benchmarks.load import Load, Prompts
@@ -125,9 +124,9 @@ class Bench:
         except BenchError as error:
             self._gave_up(name, error)
             return
-        if name == ALONE and isinstance(subject, EngineLoop):
-            self.report.versions[f"{ALONE} in"] = subject.info["dtype"]
-        self.report.starts[name] = Start(answer.first_at - began, _QUESTION + answer.text)
+        self.report.starts[name] = Start(
+            answer.first_at - began, _QUESTION + answer.text, subject.dtype
+        )
         self._screen.step(
             f"{name}: first token after {answer.first_at - began:.1f} s; "
             f"it says {_QUESTION + answer.text!r}"

@@ -38,6 +38,7 @@ class EngineLoop:
 
     Attributes:
         info: name, device, dtype, the tokenizer, and how long it took to load and to warm up.
+        dtype: the same; "" where the engine does not tell.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class EngineLoop:
         except BaseException:
             self.stop()
             raise
+        dtype = self.info["dtype"]
+        self.dtype: str = "" if dtype == "none" else dtype
 
     def run(self, load: Load, prompts: Prompts) -> Figures:
         """Runs a load.

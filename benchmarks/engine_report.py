@@ -24,11 +24,13 @@ class Start:
     Attributes:
         first_token_s: from the start of its process to its first token.
         says: prompt and greedy answer: whether it computes the model at all.
+        dtype: that it computes in; "" where it does not tell.
         memory_mb: the most that was resident after a load.
     """
 
     first_token_s: float
     says: str
+    dtype: str = ""
     memory_mb: float = 0.0
 
 
@@ -40,8 +42,7 @@ class EngineReport:
         machine: see `benchmarks.machine`. model: its name. count: of rounds.
         http: by contender, whether it is asked over HTTP.
         rounds: by load and contender. starts: by contender. skipped: by contender, why.
-        versions: of the rivals' packages, and dtypes.
-        limit, shape: of the machine and the model, if there is.
+        versions: of the rivals' packages. limit, shape: of the machine and the model, if there is.
     """
 
     machine: dict[str, Any]
@@ -78,9 +79,9 @@ class EngineReport:
             "are warm, but for runs with --one-start. Resident memory, the most after a load, "
             "shared pages counted once.",
             table(
-                ("", "first token after, s", "memory, MiB", "greedy, it says"),
+                ("", "dtype", "first token after, s", "memory, MiB", "greedy, it says"),
                 [
-                    (name, f"{s.first_token_s:.1f}", number(s.memory_mb), repr(s.says))
+                    (name, s.dtype, f"{s.first_token_s:.1f}", number(s.memory_mb), repr(s.says))
                     for name, s in self.starts.items()
                 ],
             ),
@@ -123,7 +124,7 @@ class EngineReport:
 
     def _limits(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        words = f"Compared: {versions}. " if versions else ""
+        words = f"Others: {versions}. " if versions else ""
         if self.limit is None:
             return words
         return (

@@ -87,14 +87,14 @@ def test_the_page_compares_like_with_like_and_pair_by_pair() -> None:
     page.rounds[LOAD, "other"] = rounds(50, 100)
     page.rounds[LOAD, "library"] = rounds(100, 100)
     page.rounds[replace(LOAD, temperature=0.8, top_p=0.95), "cluster"] = rounds(90, 300)
-    page.starts["cluster"] = Start(1.25, "a b", 512.0)
+    page.starts["cluster"] = Start(1.25, "a b", "bfloat16", 512.0)
     page.skipped["absent"] = "not installed: no network"
     text = page.markdown()
     assert "| 8 | other | 75 (50-100) |  | 10.0 | 2.0 | 3.0 | 3.0 | 2.50 (2.00-3.00) |" in text
     assert "| 8 | library, in process | 100 (100-100) |" in text
     assert "3.00 (2.00-4.00) |" in text
     assert "| 8 | cluster | 0.95 (0.90-1.00) |" in text
-    assert "| cluster | 1.2 | 512 | 'a b' |" in text
+    assert "| cluster | bfloat16 | 1.2 | 512 | 'a b' |" in text
     assert "- absent: not installed: no network" in text
     assert [part["name"] for part in json.loads(page.json())["measured"]][:2] == [
         "engine alone",
