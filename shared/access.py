@@ -57,7 +57,7 @@ ROLES: Final = {
         writes=(*_FINISHED, "b:*", "charge:*", "wake:*", "id", "secret"),
         channels=("l:*", "mark"),
         commands=f"{_ENQUEUE} {_SUBSCRIBER} expire get hgetall set smembers wait xinfo|groups "
-        "xrange zrange zrangebyscore",
+        "xrange zcount zrange zrangebyscore",
     ),
     "worker": Access(
         reads=(),

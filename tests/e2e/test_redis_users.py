@@ -148,6 +148,32 @@ async def test_everything_works_and_nothing_is_refused(place: Place) -> None:
     assert place.refusals() == []
 
 
+async def test_who_waits_is_told_and_lost_data_are_put_back_by_these_users(place: Place) -> None:
+    url = place.cluster.url
+    body = {**BODY, "max_tokens": 400}
+    (worker,) = (p for p in place.cluster.processes if p.role == "worker")
+    worker.kill()
+    async with aiohttp.ClientSession() as http:
+        async with http.post(
+            f"{url}/infer_stream", json=body, headers={"X-Queue-Status": "1"}
+        ) as reply:
+            line = b""
+            async with asyncio.timeout(20):
+                while line != b"event: queue_status\n":
+                    line = await reply.content.readline()
+            place.start("worker")
+            events = read_events((await reply.content.read()).decode())
+            assert events[0].data["position"] == 1
+            text = "".join(e.data["text"] for e in events[:-2] if "text" in e.data)
+            assert text == letters(9, 400)
+        async with http.post(f"{url}/infer_stream", json=body) as reply:
+            line = await reply.content.readline()
+            place.admin.flushall()
+            events = read_events((line + await reply.content.read()).decode())
+            assert "".join(e.data["text"] for e in events[:-2]) == letters(9, 400)
+    assert place.refusals() == []
+
+
 @pytest.mark.parametrize(
     ("role", "commands"),
     [
