@@ -63,7 +63,7 @@ bench: env-dev ## measure engine and cluster, and others beside them (half an ho
 	@$(PYTHON) -m benchmarks.run
 	@$(PYTHON) -m benchmarks.emit
 
-chaos: env-dev ## make every fault happen and check every token (half an hour)
+chaos: env-dev ## make every fault happen and check every token (an hour)
 	@PYTHONPATH=tests $(PYTHON) -m chaos.run $(CHAOS_ARGS)
 
 help: ## list the targets

@@ -62,7 +62,7 @@ UNDER_WAY = 10
 
 async def storm(stage: Stage) -> None:
     """A thousand cancels at once: they hit whom they name, and nobody else's can be named."""
-    world, load, rng = stage.world, stage.load, stage.rng
+    world, load = stage.world, stage.load
     for number in range(stage.rounds):
         doomed = [load.make(f"doomed{number}-{i % 10}", "vanish") for i in range(1000)]
         for stream in doomed:
@@ -87,7 +87,6 @@ async def storm(stage: Stage) -> None:
         for stream in doomed:
             if reasons.get(stream.rid) not in ("cancelled", "length"):
                 stream.wrong.append(f"cancelled, and ended as {reasons.get(stream.rid)}")
-        rng.shuffle(doomed)
 
 
 async def _post_all(urls: list[str], streams: list[Stream]) -> None:

@@ -129,7 +129,7 @@ async def soak(stage: Stage) -> None:
 
 
 async def _one_of_many(stage: Stage, kind: str) -> None:
-    world, rng = stage.world, stage.rng
+    world, rng = stage.world, stage.chance()
     await asyncio.sleep(rng.random())
     match kind:
         case "worker" | "gateway":

@@ -111,7 +111,7 @@ async def behind_proxy(stage: Stage) -> NetProxy:
     """A proxy in front of the server, for whoever is started by way of it."""
     port = urlsplit(stage.world.redis.url).port
     assert port is not None
-    return await stage.stack.enter_async_context(NetProxy(port, stage.rng))
+    return await stage.stack.enter_async_context(NetProxy(port, stage.chance()))
 
 
 def _dropped(table: str) -> int:

@@ -110,7 +110,7 @@ class Load:
     """Clients in a closed loop: groups of streams, one after the other in each lane.
 
     Args:
-        world: where they go. rng: decides everything about them. ledger: what they check against.
+        world: where they go. rng: one draw decides all about them. ledger: what they check against.
         kinds: of streams, in equal parts. tokens: shortest and longest stream.
         breaks: a stream may be told that it failed. name: of callers and streams.
         limit_s: longest time for one stream. narrow: what is not read yet stays with the gateway.
@@ -134,8 +134,9 @@ class Load:
         self._limit_s = limit_s
         self._narrow = narrow
         self._signed = str(world.settings["engine"]) == SIGNED
-        self.rng = rng
         self._seed = rng.getrandbits(62)
+        # Of its own, drawn from in the order of time; who decides about faults is left alone.
+        self._chance = random.Random(self._seed)
         self.ledger = ledger
         self.kinds = kinds
         self.tokens = tokens
@@ -250,14 +251,12 @@ class Load:
 
     async def _lane(self, least: int) -> None:
         # Not all lanes at the same pace: some streams begin while others are in the middle.
-        await asyncio.sleep(self.rng.random() * 0.5)
+        await asyncio.sleep(self._chance.random() * 0.5)
         while not self._stopping or len(self.streams) < least:
             self._groups += 1
             caller = f"{self._name}{self._groups}"
-            streams = [
-                self.make(caller, self.kinds[i % len(self.kinds)])
-                for i in self.rng.sample(range(GROUP), GROUP)
-            ]
+            order = random.Random(f"{self._seed} {caller}").sample(range(GROUP), GROUP)
+            streams = [self.make(caller, self.kinds[i % len(self.kinds)]) for i in order]
             async with asyncio.TaskGroup() as tasks:
                 for stream in streams:
                     tasks.create_task(self.one(stream))
@@ -266,7 +265,7 @@ class Load:
     # -- one client --
 
     def _url(self) -> str:
-        return self.rng.choice(self.world.urls())
+        return self._chance.choice(self.world.urls())
 
     def _headers(self, stream: Stream) -> dict[str, str]:
         headers = {"X-Client-Id": stream.caller}
@@ -322,7 +321,7 @@ class Load:
                     stream.broken = f"gave up: {failure}"
                     return
                 await asyncio.sleep(pause)
-                pause = min(0.25, pause + 0.02 + self.rng.random() * 0.02)
+                pause = min(0.25, pause + 0.02 + self._chance.random() * 0.02)
 
     async def _ask(self, stream: Stream, url: str) -> None:
         path, body = self._post(stream)

@@ -49,6 +49,10 @@ class Stage:
     stack: AsyncExitStack
     struck: list[str] = field(default_factory=list)
 
+    def chance(self) -> random.Random:
+        """Another one, for what draws in an order that hangs on time."""
+        return random.Random(self.rng.getrandbits(62))
+
     async def each_round(self) -> AsyncIterator[int]:
         """The rounds, by number; each begins with streams under way."""
         for i in range(self.rounds):

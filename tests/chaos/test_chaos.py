@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from required import REQUIRED
 
 from chaos.catalogue import SCENARIOS
+from chaos.load import Load
 from chaos.play import Scenario, Stalls, is_excused, play, seed_of
 from chaos.run import updated
 from chaos.world import SERVERS, find_server
@@ -49,6 +53,20 @@ async def test_no_token_is_lost_or_repeated(
         assert not row.wrong, row.wrong[:5]
         assert not scenario.most_stall.missed(row.stalls_s, slack=2)
         assert row.complete + row.told == row.streams or "vanish" in scenario.kinds
+
+
+def test_one_seed_is_the_same_streams_and_faults_however_fast_clients_are() -> None:
+    def drawn(seed: int, connections: int) -> tuple[list[Any], float]:
+        rng = random.Random(seed)
+        world: Any = SimpleNamespace(settings={"engine": "echo"}, urls=lambda: ["a", "b", "c"])
+        load = Load(world, rng, cast("Any", None))
+        for _ in range(connections):
+            load._url()
+        streams = [load.make("caller", kind) for kind in ("plain", "stop", "chat")]
+        return [(s.seed, s.max_tokens, s.prompt, s.stop) for s in streams], rng.random()
+
+    assert drawn(5, 0) == drawn(5, 9)
+    assert drawn(5, 0) != drawn(6, 0)
 
 
 def test_rows_that_are_played_again_are_counted_and_named() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -156,6 +156,28 @@ async def test_every_token_once_and_one_end(opened: Store) -> None:
             assert end.reason == "length"
             assert set(end.timings) == {"queue", "prefill", "decode"}
         await until(lambda: not rig.outbox.streams)
+
+
+async def test_a_step_of_all_sequences_is_one_call(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with worker(opened, step_ms=3) as rig:
+        calls: list[int] = []
+        emit = rig.store.emit
+
+        async def counted(mv: str, engine: str, step: Sequence[Emission]) -> Any:
+            calls.append(len(step))
+            return await emit(mv, engine, step)
+
+        monkeypatch.setattr(rig.store, "emit", counted)
+        for i in range(8):
+            await submit(opened, f"r{i}", tokens=60, seed=i)
+        for i in range(8):
+            await result(opened, f"r{i}")
+        await until(lambda: not rig.outbox.streams)
+        # Several steps may share one; the engine stops at the last token, of each before it.
+        assert 0 < len(calls) <= rig.driver.stats.steps <= 8 * 60
+        assert max(calls) == 8
 
 
 async def test_a_stop_string_ends_the_stream_before_it(opened: Store) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from gateway_site import Site, letters, open_site, until
 from lost_writes import LostWrites
 from redis.exceptions import RedisError
@@ -64,6 +65,31 @@ async def test_redis_hangs(own: RedisServer) -> None:
         await until(lambda: site.edge.healthy)
         assert (await site.post("/infer", BODY))[1]["text"] == letters(5, 10)
         # What may have got into the queue after all was withdrawn.
+        await until(lambda: _idle(site))
+
+
+@pytest.mark.parametrize("at_once", [1, 20])
+@pytest.mark.parametrize(
+    ("harm", "mend"),
+    [
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0"),
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+    ],
+    ids=["full", "read-only"],
+)
+async def test_redis_takes_no_writes(own: RedisServer, harm: str, mend: str, at_once: int) -> None:
+    async with open_site(own.url) as site:
+        site.worker.step_s = 0.02
+        post = asyncio.create_task(site.post("/infer_stream", {**BODY, "max_tokens": 60}))
+        await until(lambda: any(running.seq > 10 for running in site.worker.running.values()))
+        with redis.Redis.from_url(own.url) as admin:
+            admin.execute_command(*harm.split())
+            await _is_refused(site, at_once=at_once)
+            admin.execute_command(*mend.split())
+        _, events, _ = await post
+        assert "".join(e.data["text"] for e in events[:-2]) == letters(5, 60)
+        await until(lambda: site.edge.healthy)
+        assert (await site.post("/infer", BODY))[1]["text"] == letters(5, 10)
         await until(lambda: _idle(site))
 
 

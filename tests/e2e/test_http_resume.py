@@ -19,6 +19,7 @@ CHAT = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
+COMPLETION = {**{k: v for k, v in CHAT.items() if k != "messages"}, "prompt": "x"}
 RESUMABLE = {"X-Resumable": "30"}
 
 
@@ -120,14 +121,21 @@ async def test_who_has_seen_more_than_a_failover_left_waits_for_what_follows(sit
     assert next(event.id for event in rest if event.data != "[DONE]") == 31
 
 
-async def test_a_chat_is_resumed_in_its_own_format(site: Site) -> None:
-    _, events, _ = await site.post("/v1/chat/completions", CHAT, RESUMABLE)
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)]
+)
+async def test_an_openai_stream_is_resumed_in_its_own_format(
+    site: Site, path: str, body: dict[str, Any]
+) -> None:
+    _, events, _ = await site.post(path, body, RESUMABLE)
     name = events[0].data["id"]
     _, again, _ = await site.get(f"/requests/{name}/stream")
     assert [event.data for event in again] == [event.data for event in events]
     _, rest, _ = await site.get(f"/requests/{name}/stream", {"Last-Event-ID": "4"})
-    assert [event.data for event in rest] == [event.data for event in events[5:]]
+    fourth = [event.id for event in events].index(4)
+    assert [event.data for event in rest] == [event.data for event in events[fourth + 1 :]]
     assert rest[-2].data["usage"]["completion_tokens"] == 10
+    assert len(rest) == 6 + 3, "tokens, their end, the usage, [DONE]"
 
 
 @pytest.mark.parametrize(
