@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import pytest
 from certificates import Certificates
 from cluster import Cluster, free_port
 from gateway_site import letters
+from required import needs
 from sentinel import PASSWORD, Member, Replicated
 
 from gateway.pubsub import PubSubConnection
@@ -28,10 +28,12 @@ from shared.store import Store, connect
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 10, "seed": 5}
 
 # Valkey's build on PyPI has no TLS.
-pytestmark = [
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed"),
-]
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture(autouse=True)
+def _redis_server() -> None:
+    needs("redis-server")
 
 
 @contextmanager

@@ -149,8 +149,21 @@ def serving_problems(objects: list[Object]) -> list[str]:
     ]
 
 
+_PROBES = {
+    "gateway": {"startupProbe", "readinessProbe", "livenessProbe"},
+    "StatefulSet/redis": {"startupProbe", "readinessProbe", "livenessProbe"},
+    # A liveness probe would have to ask Redis, whose outage must not restart workers.
+    "worker": {"startupProbe"},
+    # Nobody waits for it, and it has nothing to load.
+    "control": {"livenessProbe"},
+}
+
+
 def _probe_problems(objects: list[Object]) -> Iterator[str]:
     for pod in pods(objects):
+        what = pod.role or pod.name
+        for kind in sorted(_PROBES.get(what, set()) - pod.container.keys()):
+            yield f"{pod.name}: has no {kind}"
         ports = _ports(pod)
         if pod.role == "gateway" and ports != {"http": settings_of(pod).port}:
             yield f"{pod.name}: does not listen on {ports}"
@@ -321,6 +334,8 @@ def reference_problems(objects: list[Object]) -> list[str]:
             found.append(f"{pod.name}: does not select its pods")
         if selected(objects, pod.owner["spec"]["selector"]) != [pod]:
             found.append(f"{pod.name}: selects others' pods, too")
+        if pod.role and not pod.spec.get("topologySpreadConstraints"):
+            found.append(f"{pod.name}: may all be on one machine")
         for spread in pod.spec.get("topologySpreadConstraints", []):
             if selected(objects, spread["labelSelector"]) != [pod]:
                 found.append(f"{pod.name}: is spread among others")

@@ -369,6 +369,11 @@ def _part_of(objects: list[Object], wanted: str, key: str) -> Object:
     return found
 
 
+def _drop(objects: list[Object], wanted: str, key: str) -> None:
+    (found,) = [pod for pod in pods(objects) if wanted in (pod.role, pod.name)]
+    del found.container[key]
+
+
 Change = Callable[[list[Object]], Any]
 
 
@@ -439,6 +444,19 @@ FAULTS: list[tuple[str, Change, str]] = [
         "serving_problems",
         lambda o: _part_of(o, "gateway", "livenessProbe")["httpGet"].update(port="web"),
         "nothing serves /livez on web",
+    ),
+    *(
+        ("serving_problems", lambda o, pod=pod, kind=kind: _drop(o, pod, kind), f"has no {kind}")
+        for pod, kind in (
+            ("gateway", "startupProbe"),
+            ("worker", "startupProbe"),
+            ("control", "livenessProbe"),
+        )
+    ),
+    (
+        "reference_problems",
+        lambda o: pod(o, "gateway").spec.pop("topologySpreadConstraints"),
+        "gateway: may all be on one machine",
     ),
     ("serving_problems", lambda o: _set_env(o, "gateway", "RTS_PORT", "8001"), "not listen"),
     (
@@ -561,6 +579,13 @@ def test_rule_finds(rule: str, change: Change, told: str) -> None:
     (check,) = [found for found in RULES if found.__name__ == rule]
     found = check(objects)
     assert any(told in text for text in found), found
+
+
+def test_a_redis_without_a_probe_is_found() -> None:
+    objects = overlay_objects("cpu")
+    assert not rules.serving_problems(objects)
+    _drop(objects, "StatefulSet/redis", "livenessProbe")
+    assert rules.serving_problems(objects) == ["StatefulSet/redis: has no livenessProbe"]
 
 
 @pytest.mark.parametrize("version", schemas.VERSIONS)

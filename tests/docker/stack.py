@@ -48,6 +48,8 @@ STREAMS = 100
 TOKENS = 100
 LONG_TOKENS = 500
 """Of every second resumable stream: 15 s, so that no grace time and no delay outlasts it."""
+MOST_MB = {"gateway": 100, "worker": 1300, "worker-cuda": 5600}
+"""On top of the base: docs/docker.md has the sizes."""
 WORKERS = 2
 PAUSE_S = 3.0
 
@@ -57,10 +59,14 @@ class Stack:
 
     Args:
         images: as build() returns them.
+
+    Attributes:
+        stubborn: services of which a container had to be killed.
     """
 
     def __init__(self, images: dict[str, str]) -> None:
         self.port, self._prometheus = free_port(), free_port()
+        self.stubborn: list[str] = []
         self._compose = shlex.split(os.environ.get("COMPOSE", "docker compose"))
         self._env = {key: value for key, value in os.environ.items() if key[:4] != "RTS_"} | {
             "COMPOSE_PROJECT_NAME": "rts-docker-test",
@@ -94,10 +100,38 @@ class Stack:
     def containers(self, service: str) -> list[str]:
         return self.compose("ps", "--quiet", service).split()
 
+    def careless(self) -> list[str]:
+        """Services of ours that run as root, may write to their root or have capabilities."""
+        fields = "{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}"
+        return [
+            service
+            for service in ("gateway", "worker", "control")
+            for container in self.containers(service)
+            if docker("inspect", "--format", fields, container) != "10001:10001 true [ALL]"
+        ]
+
+    def keeps_a_file(self) -> bool:
+        """Whether Redis has its append-only file."""
+        (container,) = self.containers("redis")
+        told = docker("exec", container, "redis-cli", "config", "get", "appendonly")
+        return told.split() == ["appendonly", "yes"]
+
+    def stop(self, service: str, container: str) -> None:
+        """Tells a container to end, and notes one that does not."""
+        docker("stop", "--time", "60", container)
+        if docker("inspect", "--format", "{{.State.ExitCode}}", container) == "137":
+            self.stubborn.append(service)
+
+    def left_over(self) -> list[str]:
+        """What is still there of the project after its end."""
+        of_it = ("--quiet", "--filter", "label=com.docker.compose.project=rts-docker-test")
+        kinds = (("container", "ls", "--all"), ("volume", "ls"), ("network", "ls"))
+        return [f"{kind[0]} {name}" for kind in kinds for name in docker(*kind, *of_it).split()]
+
     def restart(self, service: str) -> None:
         """Stops each container, starts it again, and waits until it is healthy."""
         for container in self.containers(service):
-            docker("stop", "--time", "60", container)
+            self.stop(service, container)
             docker("start", container)
             _wait_until_healthy(container)
 
@@ -110,7 +144,7 @@ class Stack:
                 *("up", "--detach", "--no-build", "--no-deps", "--no-recreate", "--wait"),
                 *("--scale", scale, service),
             )
-            docker("stop", "--time", "60", container)
+            self.stop(service, container)
             docker("rm", container)
 
     def reload(self, service: str) -> None:
@@ -137,10 +171,10 @@ class Stack:
             return int(float(found["value"][1]))
 
     def killed(self) -> list[str]:
-        """Stops everything; the services of which a container did not end in its time."""
+        """Stops everything; the services of which a container ever did not end in its time."""
         self.compose("stop")
         state = "{{.State.ExitCode}}"
-        return [
+        return self.stubborn + [
             service
             for service in SERVICES
             for container in self.compose("ps", "--all", "--quiet", service).split()
@@ -196,8 +230,11 @@ def build() -> dict[str, str]:
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name))
         added = (size - below) // 10**6
         print(f"{name}: {size // 10**6} MB, {added} MB of them on top of its base")
+        assert added <= MOST_MB[target], f"{target} has grown"
     # As it runs, and with no compiler: a library that is not there would be made up for in silence.
     confined = ("--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none")
+    no_torch = "import importlib.util as u; assert not u.find_spec('torch')"
+    docker("run", *confined, "realtime-ai-serve-gateway:docker-test", "python", "-c", no_torch)
     for target in workers:
         image = f"realtime-ai-serve-{target}:docker-test"
         cuda = docker("run", *confined, image, "python", "-c", LOADS)
@@ -373,6 +410,14 @@ def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.5)
 
 
+def _busy_gateways(stack: Stack) -> int:
+    # Of those that are there now.
+    up = 'up{job="realtime-ai-serve"} == 1'
+    return stack.ask_prometheus(
+        f"count(sum by (instance) (rts_generation_tokens_total) > 0 and on (instance) {up})"
+    )
+
+
 def main() -> int:
     """Runs it all; the exit status."""
     if (
@@ -389,17 +434,20 @@ def main() -> int:
         time.sleep(PAUSE_S)
         crashed = stack.crashed()
         print(f"crashed: {crashed}" if crashed else "up and healthy")
+        careless, keeps_a_file = stack.careless(), stack.keeps_a_file()
         assert chat(stack, "echo", "hi", max_tokens=20) == letters(7, 20)
         good = restart_everything(stack)
         seen = kill_a_gateway(stack)
         stack.up("--scale", "worker=3", "--scale", "gateway=4")
         assert len(stack.containers("worker")) == 3
         until(lambda: stack.ask_prometheus('sum(up{job="realtime-ai-serve"})') == 4)
-        print("scaled to 3 workers and 4 gateways, which Prometheus has found")
+        until(lambda: chat(stack, "echo", "hi", max_tokens=20) != "" and _busy_gateways(stack) == 4)
+        print("scaled to 3 workers and 4 gateways, which all serve and Prometheus has found")
         answers = let_the_demo_model_answer(stack)
         crashed += stack.crashed()
         killed = stack.killed()
-    print("down")
+    left_over = stack.left_over()
+    print(f"left over: {left_over}" if left_over else "down")
     if not good:
         print("FAILED: a restart broke streams, or none was handed over or resumed")
     if not seen:
@@ -410,7 +458,12 @@ def main() -> int:
         print(f"FAILED: containers of {killed} did not end when they were told to")
     if not answers:
         print("FAILED: the demo model does not say what it should")
-    return 0 if good and seen and answers and not crashed and not killed else 1
+    if careless:
+        print(f"FAILED: containers of {careless} are not confined")
+    if not keeps_a_file:
+        print("FAILED: Redis has no append-only file")
+    good = good and seen and answers and keeps_a_file
+    return 0 if good and not (crashed or killed or careless or left_over) else 1
 
 
 if __name__ == "__main__":
