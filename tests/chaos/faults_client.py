@@ -87,6 +87,7 @@ async def storm(stage: Stage) -> None:
         for stream in doomed:
             if reasons.get(stream.rid) not in ("cancelled", "length"):
                 stream.wrong.append(f"cancelled, and ended as {reasons.get(stream.rid)}")
+            await stage.ledger.check_log(stream)
 
 
 async def _post_all(urls: list[str], streams: list[Stream]) -> None:

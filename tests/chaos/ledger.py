@@ -84,12 +84,17 @@ class Ledger:
         self._began[stream.caller] = min(
             self._began.get(stream.caller, 1 << 62), int(found[3]) * 1000 - _BUCKET_EPOCH_US
         )
-        if not stream.complete:
-            return
         read = [messages.read_entry(entry_id, fields[b"d"]) for entry_id, fields in entries]
         tokens = [t for e in read if isinstance(e.event, messages.Tokens) for t in e.event.tokens]
         ends = [e for e in read if isinstance(e.event, messages.End)]
         text = "".join(token.text for token in tokens)
+        if not stream.complete:
+            # As far as it came, which a client that left may have seen less of.
+            if not stream.signed and not stream.expected.startswith(text):
+                stream.wrong.append("its log holds another text, as far as it goes")
+            if len(ends) > 1:
+                stream.wrong.append(f"{len(ends)} ends in its log")
+            return
         if text != (stream.text if stream.signed else stream.expected):
             stream.wrong.append("its log holds another text")
         if stream.signed and (what := wrong_owner(stream.seed, text, int(found[1]))):
