@@ -53,11 +53,12 @@ async def _run(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     store = Store(connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S))
     stopping = asyncio.create_task(stop.wait())
+    # One for all workers: calls of one that failed may go on, and connect once more.
+    queue = _queue(settings)
     try:
         while not stop.is_set():
             # Without Redis, too: a new process would not bring that back.
             _beat(_heartbeat_file(settings))
-            queue = _queue(settings)
             worker = _worker(queue, store, _heartbeat_file(settings))
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -66,14 +67,14 @@ async def _run(settings: Settings) -> int:
             outcome = (await asyncio.gather(running, return_exceptions=True))[0]
             # Its jobs may have been cut off: their CancelledError is not this process's.
             await asyncio.gather(worker.close(), return_exceptions=True)
-            # arq leaves it open when Redis is away.
-            await queue.aclose(close_connection_pool=True)
             if not stop.is_set():
                 # arq's worker ends when Redis goes away; this process waits for it to come back.
                 log.warning("control lost Redis", extra={"error": repr(outcome)})
                 await asyncio.wait([stopping], timeout=RETRY_S)
     finally:
         stopping.cancel()
+        # arq leaves it open when Redis is away.
+        await queue.aclose(close_connection_pool=True)
         await store.close()
     return 0
 

@@ -26,6 +26,13 @@ LEVELS = _levels()
 """What this processor has, best first."""
 
 
+def share_libraries(data: Path) -> None:
+    """Makes a data folder whose engines find what is compiled here, and compile into it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    data.mkdir()
+    (data / "native").symlink_to(FOLDER)
+
+
 def native_library(level: str, extra: Sequence[Path] = ()) -> Path:
     """The library of a level."""
     return library(level, FOLDER, extra)

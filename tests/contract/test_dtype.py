@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.contract.models import save, tiny_model  # noqa: E402
-from tests.contract.native import FOLDER, LEVELS  # noqa: E402
+from tests.contract.native import LEVELS, share_libraries  # noqa: E402
 from worker.engine import EngineOptions, backends, loader, torch_engine  # noqa: E402
 from worker.engine.loader import LoadedModel, ModelLoadError, dtype_for  # noqa: E402
 from worker.engine.native.build import NativeUnavailable  # noqa: E402
@@ -27,8 +27,7 @@ def options(tmp_path: Path) -> EngineOptions:
     """Of an engine for a model in float32, with a folder of its own and the compiled library."""
     save(tiny_model("llama", head_dim=16), tmp_path / "model")
     data = tmp_path / "data"
-    data.mkdir()
-    (data / "native").symlink_to(FOLDER)
+    share_libraries(data)
     return EngineOptions(
         source=str(tmp_path / "model"), max_batch_size=2, threads=1, kv_cache_mb=1, data_dir=data
     )

@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.contract.models import save, tiny_model  # noqa: E402
-from tests.contract.native import FOLDER, LEVELS  # noqa: E402
+from tests.contract.native import LEVELS, share_libraries  # noqa: E402
 from tests.contract.test_native_engine import WronglyRead  # noqa: E402
 from tests.contract.test_torch_engine import greedy, prompts, run  # noqa: E402
 from worker.engine import EngineOptions, backends, dense, recipe, torch_engine  # noqa: E402
@@ -48,9 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def options(tmp_path: Path) -> EngineOptions:
     """Of an engine for the model in tmp_path/model, with a data folder of its own."""
     data = tmp_path / "data"
-    data.mkdir()
-    # Compiled once for all tests.
-    (data / "native").symlink_to(FOLDER)
+    share_libraries(data)
     return EngineOptions(
         source=str(tmp_path / "model"),
         dtype="float32",
