@@ -138,7 +138,7 @@ def _vllm(name: str, *, dtype: str = "", usual: bool = True) -> Rival:
 
 RIVALS = (
     _vllm("vLLM"),
-    # Without instructions for it: faster with one stream, at a third of the speed with eight.
+    # Without instructions for it: as fast with one stream, at a third of the speed with eight.
     _vllm("vLLM in bfloat16", dtype="bfloat16", usual=False),
     _transformers(
         "transformers serve --continuous-batching",
