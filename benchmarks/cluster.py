@@ -32,10 +32,10 @@ class Cluster:
         **settings: of the cluster.
 
     Attributes:
-        started_s: how long the start took. dtype: of its worker; "" where the engine tells none.
+        started_s: how long the start took. dtype: of its worker, as in EngineInfo.
     """
 
-    dtype = ""
+    dtype = "none"
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class Cluster:
             return False
         status, body = get(self._settings.port, "/status")
         workers = json.loads(body)["workers"] if status == 200 else []
-        if workers and workers[0]["dtype"] != "none":
+        if workers:
             self.dtype = workers[0]["dtype"]
         return bool(workers)
 

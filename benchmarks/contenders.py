@@ -25,7 +25,7 @@ class Subject(Protocol):
     """Whatever runs and can be measured.
 
     Attributes:
-        dtype: that it computes in; "" where it does not tell.
+        dtype: that it computes in; "none" where it does not tell.
     """
 
     dtype: str

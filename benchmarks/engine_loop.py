@@ -38,7 +38,7 @@ class EngineLoop:
 
     Attributes:
         info: name, device, dtype, the tokenizer, and how long it took to load and to warm up.
-        dtype: the same; "" where the engine does not tell.
+        dtype: the same.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class EngineLoop:
         except BaseException:
             self.stop()
             raise
-        dtype = self.info["dtype"]
-        self.dtype: str = "" if dtype == "none" else dtype
+        self.dtype: str = self.info["dtype"]
 
     def run(self, load: Load, prompts: Prompts) -> Figures:
         """Runs a load.

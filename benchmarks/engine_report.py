@@ -24,13 +24,13 @@ class Start:
     Attributes:
         first_token_s: from the start of its process to its first token.
         says: prompt and greedy answer: whether it computes the model at all.
-        dtype: that it computes in; "" where it does not tell.
+        dtype: that it computes in; "none" where it does not tell.
         memory_mb: the most that was resident after a load.
     """
 
     first_token_s: float
     says: str
-    dtype: str = ""
+    dtype: str = "none"
     memory_mb: float = 0.0
 
 
@@ -81,7 +81,13 @@ class EngineReport:
             table(
                 ("", "dtype", "first token after, s", "memory, MiB", "greedy, it says"),
                 [
-                    (name, s.dtype, f"{s.first_token_s:.1f}", number(s.memory_mb), repr(s.says))
+                    (
+                        name,
+                        s.dtype.replace("none", ""),
+                        f"{s.first_token_s:.1f}",
+                        number(s.memory_mb),
+                        repr(s.says),
+                    )
                     for name, s in self.starts.items()
                 ],
             ),

@@ -55,11 +55,12 @@ async def _run(settings: Settings) -> int:
     stopping = asyncio.create_task(stop.wait())
     # One for all workers: calls of one that failed may go on, and connect once more.
     queue = _queue(settings)
+    heartbeat = _heartbeat_file(settings)
     try:
         while not stop.is_set():
             # Without Redis, too: a new process would not bring that back.
-            _beat(_heartbeat_file(settings))
-            worker = _worker(queue, store, _heartbeat_file(settings))
+            _beat(heartbeat)
+            worker = _worker(queue, store, heartbeat)
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():

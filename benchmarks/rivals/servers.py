@@ -196,7 +196,7 @@ class RunningRival:
         self._model = model
         port = free_port()
         dtype = rival.dtype or dtype_for("auto")
-        self.dtype = dtype if "{dtype}" in rival.command else ""
+        self.dtype = dtype if "{dtype}" in rival.command else "none"
         filled = {
             "model": str(model),
             "port": str(port),

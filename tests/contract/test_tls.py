@@ -27,12 +27,12 @@ from shared.store import Store, connect
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 10, "seed": 5}
 
-# Valkey's build on PyPI has no TLS.
 pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(autouse=True)
 def _redis_server() -> None:
+    # Valkey's build on PyPI has no TLS.
     needs("redis-server")
 
 

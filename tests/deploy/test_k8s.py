@@ -369,11 +369,6 @@ def _part_of(objects: list[Object], wanted: str, key: str) -> Object:
     return found
 
 
-def _drop(objects: list[Object], wanted: str, key: str) -> None:
-    (found,) = [pod for pod in pods(objects) if wanted in (pod.role, pod.name)]
-    del found.container[key]
-
-
 Change = Callable[[list[Object]], Any]
 
 
@@ -446,8 +441,12 @@ FAULTS: list[tuple[str, Change, str]] = [
         "nothing serves /livez on web",
     ),
     *(
-        ("serving_problems", lambda o, pod=pod, kind=kind: _drop(o, pod, kind), f"has no {kind}")
-        for pod, kind in (
+        (
+            "serving_problems",
+            lambda o, who=who, kind=kind: pod(o, who).container.pop(kind),
+            f"has no {kind}",
+        )
+        for who, kind in (
             ("gateway", "startupProbe"),
             ("worker", "startupProbe"),
             ("control", "livenessProbe"),
@@ -584,7 +583,7 @@ def test_rule_finds(rule: str, change: Change, told: str) -> None:
 def test_a_redis_without_a_probe_is_found() -> None:
     objects = overlay_objects("cpu")
     assert not rules.serving_problems(objects)
-    _drop(objects, "StatefulSet/redis", "livenessProbe")
+    del pod(objects, "redis").container["livenessProbe"]
     assert rules.serving_problems(objects) == ["StatefulSet/redis: has no livenessProbe"]
 
 

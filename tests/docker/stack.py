@@ -44,6 +44,7 @@ IMAGES = {
 # Grafana computes nothing of its own; its queries have a test, tests/deploy/test_monitoring.py.
 SERVICES = ("redis", "gateway", "haproxy", "worker", "control", "prometheus")
 DEMO = Settings().data_dir / "models" / DEMO_MODEL
+PROJECT = "rts-docker-test"
 STREAMS = 100
 TOKENS = 100
 LONG_TOKENS = 500
@@ -69,7 +70,7 @@ class Stack:
         self.stubborn: list[str] = []
         self._compose = shlex.split(os.environ.get("COMPOSE", "docker compose"))
         self._env = {key: value for key, value in os.environ.items() if key[:4] != "RTS_"} | {
-            "COMPOSE_PROJECT_NAME": "rts-docker-test",
+            "COMPOSE_PROJECT_NAME": PROJECT,
             "COMPOSE_FILE": f"docker-compose.yml{os.pathsep}tests/docker/override.yml",
             "DEMO_MODEL": str(DEMO),
             "PORT": str(self.port),
@@ -124,7 +125,7 @@ class Stack:
 
     def left_over(self) -> list[str]:
         """What is still there of the project after its end."""
-        of_it = ("--quiet", "--filter", "label=com.docker.compose.project=rts-docker-test")
+        of_it = ("--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}")
         kinds = (("container", "ls", "--all"), ("volume", "ls"), ("network", "ls"))
         return [f"{kind[0]} {name}" for kind in kinds for name in docker(*kind, *of_it).split()]
 

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from worker.engine import EngineOptions, ModelFiles
 from worker.engine.decoder import Sizes, Weight
 from worker.engine.loader import LoadedModel, dtype_for, version_of
-from worker.engine.native.build import best_level, built_library
+from worker.engine.native.build import best_level, library
 from worker.engine.native.library import Part
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def find(folder: Path, options: EngineOptions) -> Known | None:
     """What is known of the model in a folder, for the native backend; None: nothing of use."""
     try:
         place = _place(options, version_of(folder))
-        if place is None or not place.is_dir():
+        if not place.is_dir():
             return None
         known = Known(folder, place)
         with suppress(OSError):
@@ -135,7 +135,6 @@ def keep(
         return
     try:
         place = _place(options, loaded.files.version)
-        assert place is not None, "the library computed just now"
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove_unused(place.parent)
         with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
@@ -185,12 +184,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _place(options: EngineOptions, version: str) -> Path | None:
-    """Where a recipe is, or would be; None where nothing is compiled yet."""
+def _place(options: EngineOptions, version: str) -> Path:
+    """Where a recipe is, or would be."""
     level = best_level()
-    code = built_library(level, options.data_dir / "native")
-    if code is None:
-        return None
+    code = library(level, options.data_dir / "native")
     dtype = dtype_for(options.dtype, native=True)
     kind = "exact" if options.deterministic else "fast"
     digest = hashlib.sha256(_code() + code.read_bytes()).hexdigest()[:16]

@@ -83,18 +83,14 @@ def library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path:
     Raises:
         NativeUnavailable: there is no compiler, or it fails.
     """
-    if (there := built_library(level, folder, extra)) is not None:
-        return there
-    path = folder / _name(level, extra)
+    name = _name(level, extra)
+    path = folder / name
+    for there in (BUILT / name, path):
+        if there.is_file():
+            return there
     sources = [*sorted(SOURCE.glob("*.cpp")), *extra]
     _compile(_compiler(), [*_COMMON, *LEVELS[level], f"-I{SOURCE}", *map(str, sources)], path)
     return path
-
-
-def built_library(level: str, folder: Path, extra: Sequence[Path] = ()) -> Path | None:
-    """The same if it has been compiled, else None."""
-    name = _name(level, extra)
-    return next((there / name for there in (BUILT, folder) if (there / name).is_file()), None)
 
 
 def _name(level: str, extra: Sequence[Path]) -> str:
