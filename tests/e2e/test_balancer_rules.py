@@ -90,15 +90,18 @@ def front(
 
 @asynccontextmanager
 async def opened(url: str, most: int) -> AsyncIterator[int]:
-    """Streams that go on, until one is refused or there are so many; they end with this."""
+    """Streams that go on, until none is taken or there are so many; they end with this."""
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        count = 0
-        while count < most:
+        count, refused = 0, 0
+        while count < most and refused < 2:
             asking = http.post(f"{url}/infer_stream", json=LONG)
-            if (await stack.enter_async_context(asking)).status != 200:
-                break
-            count += 1
+            if (await stack.enter_async_context(asking)).status == 200:
+                count, refused = count + 1, 0
+            else:
+                # The place may be a question's of a moment ago: a balancer's check, or /metrics.
+                refused += 1
+                await asyncio.sleep(0.3)
         yield count
 
 
