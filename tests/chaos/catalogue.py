@@ -9,6 +9,7 @@ from chaos import (
     faults_network,
     faults_redis,
     faults_worker,
+    soak,
 )
 from chaos.play import Scenario
 
@@ -18,5 +19,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     *faults_client.SCENARIOS,
     *faults_network.SCENARIOS,
     *faults_redis.SCENARIOS,
+    *soak.SCENARIOS,
     *controls.SCENARIOS,
 )

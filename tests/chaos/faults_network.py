@@ -21,7 +21,7 @@ async def lose_messages(stage: Stage) -> None:
     """One in ten pub/sub messages never arrives at the gateway."""
     world, load = stage.world, stage.load
     proxy = await behind_proxy(stage)
-    await _gateway_behind(stage, proxy)
+    await gateway_behind(stage, proxy)
     async with load.running():
         async for _ in stage.each_round():
             world.mark()
@@ -35,7 +35,7 @@ async def cut(stage: Stage) -> None:
     """Connections of the gateway to Redis are reset in the middle of what they carry."""
     world, load = stage.world, stage.load
     proxy = await behind_proxy(stage)
-    await _gateway_behind(stage, proxy)
+    await gateway_behind(stage, proxy)
     async with load.running():
         async for _ in stage.each_round():
             world.mark()
@@ -47,7 +47,7 @@ async def half_open(stage: Stage) -> None:
     """The gateway's connections go silent and are never closed; new ones work after a moment."""
     world, load = stage.world, stage.load
     proxy = await behind_proxy(stage)
-    await _gateway_behind(stage, proxy)
+    await gateway_behind(stage, proxy)
     async with load.running():
         async for _ in stage.each_round():
             world.mark()
@@ -126,7 +126,7 @@ def _nft(rules: str) -> None:
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
 
 
-async def _gateway_behind(stage: Stage, proxy: NetProxy) -> None:
+async def gateway_behind(stage: Stage, proxy: NetProxy) -> None:
     world = stage.world
     world.start("gateway", redis_url=through(world.redis.url, proxy.port))
     await world.ready(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -105,15 +106,21 @@ async def read_only(stage: Stage) -> None:
             await asyncio.sleep(0.5)
 
 
+def fill(disk: Path) -> Path:
+    """Leaves no room on a disk; the file that takes it."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as out:
+        while True:
+            out.write(bytes(4096))
+    return ballast
+
+
 async def disk_full(stage: Stage) -> None:
     """The append-only file's disk is full: writes are refused until there is room."""
     world, load = stage.world, stage.load
-    ballast = world.disk / "ballast"
     async with load.running():
         async for _ in stage.each_round():
-            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as out:
-                while True:
-                    out.write(bytes(4096))
+            ballast = fill(world.disk)
             async with asyncio.timeout(10):
                 while world.client.info("persistence")["aof_last_write_status"] == "ok":
                     await asyncio.sleep(0.05)

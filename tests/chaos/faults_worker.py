@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+from cluster import Process
 
 from chaos.engine import MOMENTS, POISON
 from chaos.owners import SIGNED
 from chaos.play import Scenario, Stage, Stalls
-from chaos.world import is_stopped
+from chaos.world import World, is_stopped
 from shared import keys
+from shared.tasks import end
 
 
 async def _settle(stage: Stage, longest_s: float = 0.4) -> None:
@@ -141,30 +146,40 @@ async def drain(stage: Stage) -> None:
             await world.ready(2)
 
 
+@asynccontextmanager
+async def keeping_workers(
+    stage: Stage, *, at_death: Callable[[], None] = lambda: None
+) -> AsyncIterator[None]:
+    """Two workers live, whoever dies; one that ends otherwise than by SIGKILL or order is wrong."""
+    world = stage.world
+
+    async def keep() -> None:
+        while True:
+            for ended in world.workers_ended():
+                if not ended.told_to_end:
+                    stage.ledger.wrong.append(f"a worker ended with {ended.popen.returncode}")
+                at_death()
+            while len(world.of("worker")) < 2:
+                world.start("worker")
+            await asyncio.sleep(0.1)
+
+    keeper = asyncio.create_task(keep())
+    try:
+        yield
+    finally:
+        await end(keeper)
+
+
 async def poison(stage: Stage) -> None:
     """A request that kills whoever computes it, among innocents."""
     world, load = stage.world, stage.load
     guilty = []
-    stop = asyncio.Event()
-
-    async def keep_alive() -> None:
-        while not stop.is_set():
-            for ended in world.workers_ended():
-                if ended.popen.returncode != -signal.SIGKILL:
-                    stage.ledger.wrong.append(f"a worker ended with {ended.popen.returncode}")
-                world.mark()
-                world.again(ended)
-            await asyncio.sleep(0.1)
-
-    keeper = asyncio.create_task(keep_alive())
-    async with load.running():
+    async with keeping_workers(stage, at_death=world.mark), load.running():
         async for i in stage.each_round():
             one = load.make(f"guilty{i}", "refusable", prompt=POISON)
             load.streams.remove(one)
             guilty.append(one)
             await load.one(one)
-    stop.set()
-    await keeper
     letters = world.client.xlen("rts:dead")
     if letters != stage.rounds:
         stage.ledger.wrong.append(f"{letters} dead letters for {stage.rounds} poisonous requests")
@@ -178,6 +193,18 @@ async def poison(stage: Stage) -> None:
 async def clock(stage: Stage) -> None:
     """One worker's clock jumps by hours, forth and back."""
     world, load = stage.world, stage.load
+    worker, set_clock = start_with_clock(world)
+    await world.ready(3)
+    async with load.running():
+        async for i in stage.each_round():
+            world.mark()
+            set_clock("-5h" if i % 2 else "+7h")
+            await asyncio.sleep(1.5)
+            stage.proof(clock_error_s(world, worker) > 4 * 3600, "an engine's clock hours off")
+
+
+def start_with_clock(world: World) -> tuple[Process, Callable[[str], object]]:
+    """A worker, and what sets its clock: "+7h", "-5h"."""
     file = world.folder / "clock"
     file.write_text("+0")
     (world.orders / "tell-time").touch()
@@ -190,14 +217,13 @@ async def clock(stage: Stage) -> None:
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         },
     )
-    await world.ready(3)
-    async with load.running():
-        async for i in stage.each_round():
-            world.mark()
-            file.write_text("-5h" if i % 2 else "+7h")
-            await asyncio.sleep(1.5)
-            told = float((world.orders / f"time-{worker.pid}").read_text())
-            stage.proof(abs(told - time.time()) > 4 * 3600, "an engine's clock hours off")
+    return worker, file.write_text
+
+
+def clock_error_s(world: World, worker: Process) -> float:
+    """How far off its clock was when it last told the time; 0 when it has not."""
+    told = world.orders / f"time-{worker.pid}"
+    return abs(float(told.read_text()) - time.time()) if told.exists() else 0.0
 
 
 def _faketime() -> str:

@@ -109,7 +109,7 @@ class Scenario:
         most_stall: how long they may be.
         hits_few: it is no wonder if a fault hits none of them.
         clip: a stall is counted from the mark on, not from the token before it.
-        disk_mb: the server's data is on a small disk of its own.
+        disk_mb: the server's data is on a small disk of its own, where that is allowed.
         replicated: there are a replica and sentinels.
         limit_s: longest time for one stream.
         hears_cancels: who leaves ends its request; not where Redis or the gateway that saw it is
@@ -202,7 +202,7 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
         server=server,
         tcp=scenario.tcp,
         launcher=scenario.launcher,
-        disk_mb=scenario.disk_mb,
+        disk_mb=scenario.disk_mb if is_allowed() else 0,
         replicated=scenario.replicated,
         **scenario.settings,
     ) as world:

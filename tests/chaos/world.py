@@ -89,6 +89,8 @@ class World(Cluster):
         self.orders.mkdir(parents=True)
         self.marks: list[float] = []
         self._outages: list[Outage] = []
+        self._given: dict[Process, dict[str, str | int | float]] = {}
+        self._known_dead: set[Process] = set()
         self._balancer: Balancer | None = None
         self._client: redis.Redis | None = None
         self.disk = folder / "redis"
@@ -136,13 +138,15 @@ class World(Cluster):
         **settings: str | int | float,
     ) -> Process:
         """Starts one process, able to take orders."""
-        return super().start(
+        process = super().start(
             role,
             env={engine.ORDERS: str(self.orders), "PYTHONFAULTHANDLER": "1", **(env or {})},
             launcher=launcher
             or (("-m", "realtime_serve.cli") if role == "control" else self.launcher),
             **settings,
         )
+        self._given[process] = settings
+        return process
 
     def outage(self, *, killed: bool) -> None:
         """A gateway goes just now, by SIGKILL or because it was told to."""
@@ -174,15 +178,18 @@ class World(Cluster):
         )
 
     def again(self, process: Process) -> Process:
-        """Another process in the place of one that ended."""
-        settings = {"port": process.port} if process.port else {}
-        return self.start(process.role, **settings)
+        """Another process in the place of one that ended, with its settings."""
+        port = {"port": process.port} if process.port else {}
+        return self.start(process.role, **{**self._given[process], **port})
 
     def workers_ended(self) -> list[Process]:
-        """Workers that died since they were last asked for."""
+        """Workers that died since they were last asked for; a SIGKILL was ordered."""
         ended = [p for p in self.processes if p.role == "worker" and p.popen.poll() is not None]
-        self.processes = [p for p in self.processes if p not in ended]
-        return ended
+        new = [p for p in ended if p not in self._known_dead]
+        self._known_dead.update(new)
+        for process in new:
+            process.told_to_end |= process.popen.returncode == -signal.SIGKILL
+        return new
 
     async def ready(self, workers: int) -> None:
         """Until every gateway answers and so many workers serve."""
@@ -208,10 +215,11 @@ class World(Cluster):
 
     def _serving(self) -> int:
         """Workers that live and have said that they are ready."""
-        return sum(
-            worker.popen.poll() is None and '"message": "ready"' in worker.log.read_text()
-            for worker in self.of("worker")
-        )
+        return sum(map(self.serves, self.of("worker")))
+
+    def serves(self, worker: Process) -> bool:
+        """Whether it lives and has said that it is ready."""
+        return worker.popen.poll() is None and '"message": "ready"' in worker.log.read_text()
 
     def order(self, what: str) -> None:
         """Orders one engine, whichever sees it first, to die at a moment or to hang."""
@@ -233,6 +241,11 @@ class World(Cluster):
         self.marks.append(time.monotonic())
 
     # -- the server --
+
+    @property
+    def has_small_disk(self) -> bool:
+        """Whether the server's data is on a disk that can be filled."""
+        return bool(self._disk_mb)
 
     @property
     def client(self) -> redis.Redis:
