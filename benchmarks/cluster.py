@@ -83,6 +83,15 @@ class Cluster:
         """Resident memory of all its processes, in MiB."""
         return memory_mb(self._server.family())
 
+    @property
+    def url(self) -> str:
+        """Of its gateway."""
+        return f"http://{HOST}:{self._settings.port}"
+
+    def role_memory(self, role: str) -> int:
+        """Resident memory of one of its processes, in bytes."""
+        return int(self._roles[role].memory_info().rss)
+
     def read_cpu(self) -> dict[str, float]:
         """CPU time so far by process; the worker's event loop and its engine thread(s) apart."""
         found = {role: cpu_s(process) for role, process in self._roles.items()}

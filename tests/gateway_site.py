@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -289,3 +290,23 @@ async def open_site(
         await server.stop()
         await tasks.end(running)
         await store.close()
+
+
+def raw_request(body: Any) -> bytes:
+    data = json.dumps(body).encode()
+    head = (
+        "POST /infer_stream HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+async def deaf_client(port: int, body: Any) -> socket.socket:
+    """Asks for a stream, and reads nothing of it; as little as can be waits in its kernel."""
+    loop = asyncio.get_running_loop()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await loop.sock_connect(sock, ("127.0.0.1", port))
+    await loop.sock_sendall(sock, raw_request(body))
+    return sock

@@ -193,8 +193,20 @@ def seed_of(base: int, name: str, server: str) -> int:
     return zlib.crc32(f"{base} {name} {server}".encode())
 
 
-async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, rounds: int) -> Row:
-    """Plays a scenario on a cluster of its own."""
+async def play(
+    scenario: Scenario,
+    folder: Path,
+    *,
+    server: str,
+    seed: int,
+    rounds: int,
+    at_rest: Callable[[], None] | None = None,
+) -> Row:
+    """Plays a scenario on a cluster of its own.
+
+    Where `at_rest` is given it is called when the cluster does nothing any more; then it is waited
+    until every key of a request is gone. Without it their lifetimes are looked at alone.
+    """
     rng = random.Random(seed)
     row = Row(scenario.name, server, seed)
     with World(
@@ -238,6 +250,9 @@ async def play(scenario: Scenario, folder: Path, *, server: str, seed: int, roun
             try:
                 await scenario.act(stage)
                 await ledger.close_accounts(load.streams)
+                if at_rest is not None:
+                    at_rest()
+                    await ledger.nothing_left()
             finally:
                 await end(watch)
             if len(stage.struck) < rounds:

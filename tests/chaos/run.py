@@ -11,7 +11,9 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
 from cluster import ROOT
@@ -31,7 +33,8 @@ is compared with what the echo engine must generate, with the log, and with the 
 runs at once: `make chaos CHAOS_ARGS='--only "gateway SIGKILL" --seed {seed}'`.
 
 - wrong: streams with a token lost, repeated, changed or out of order, without an end or with two;
-  requests that ended more or less than once; counters, budgets, leases or keys left over.
+  requests that ended more or less than once; counters, budgets, leases or keys left over: each play
+  ends when every key of a request is gone.
 - told: streams that ended with an explicit error where that is the right answer.
 - stall: the longest wait for a token of a stream that the fault hit ({hit});
   for faults of Redis counted from when it was back. Replies in one piece have no tokens to time.
@@ -44,6 +47,7 @@ runs at once: `make chaos CHAOS_ARGS='--only "gateway SIGKILL" --seed {seed}'`.
 |---|---|---|---|---|---|---|---|---|---|
 """
 
+_turns: Semaphore
 _AGAIN = "Played again later, each on a cluster of its own like all:"
 
 
@@ -58,7 +62,14 @@ def main() -> int:
     skipped = {s.name: s.missing() for s in chosen if s.missing()}
     began = time.monotonic()
     plays = [(s, server) for s in chosen if s.name not in skipped for server in servers]
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(
+        # As many again wait until their keys are gone.
+        2 * given.jobs,
+        mp_context=context,
+        initializer=_share,
+        initargs=(context.Semaphore(given.jobs),),
+    ) as pool:
         played = pool.map(
             _play,
             [scenario.name for scenario, _ in plays],
@@ -145,13 +156,27 @@ def _missing(server: str) -> str:
     return ""
 
 
+def _share(turns: Semaphore) -> None:
+    """Gives a process of the pool what counts the plays that are not at rest."""
+    global _turns
+    _turns = turns
+
+
 def _play(name: str, server: str, base: int, rounds: int) -> Row:
     scenario = next(s for s in SCENARIOS if s.name == name)
     seed = seed_of(base, name, server)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ExitStack() as turn:
+        turn.enter_context(_turns)
         try:
             return asyncio.run(
-                play(scenario, Path(folder), server=server, seed=seed, rounds=rounds)
+                play(
+                    scenario,
+                    Path(folder),
+                    server=server,
+                    seed=seed,
+                    rounds=rounds,
+                    at_rest=turn.close,
+                )
             )
         except Exception as error:
             # The others are still worth playing.

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from balancers import BALANCERS, Balancer
 from cluster import ROOT, Cluster
-from gateway_site import letters, until
+from gateway_site import Site, deaf_client, letters, model_card, open_site, until
 from required import needs
 from yarl import URL
 
@@ -166,6 +166,45 @@ async def test_a_gateway_killed_in_the_middle_of_200_streams(tmp_path: Path, kin
             # Half of them, more or less, came to the other one.
             (resumed,) = re.findall(r"^rts_stream_resumes_total (\d+)", text, re.MULTILINE)
             assert 50 <= int(resumed) <= 150
+
+
+@pytest.mark.parametrize("kind", BALANCERS)
+async def test_who_does_not_read_is_cut_off_and_holds_nobody_up(
+    redis_url: str, tmp_path: Path, kind: str
+) -> None:
+    """It is the gateway that sees it, through all that the balancer and two kernels hold."""
+    needs(kind)
+    async with open_site(
+        redis_url, card=model_card(context=600_000), slow_client_s=0.5, slow_client_events=16
+    ) as site:
+        site.worker.burst = 500
+        with (
+            Lifeline() as lifeline,
+            Balancer(kind, tmp_path, [site.server.port], lifeline) as balancer,
+        ):
+            url = f"http://127.0.0.1:{balancer.port}"
+
+            async def served() -> bool:
+                async with site.http.post(f"{url}/infer", json=BODY) as reply:
+                    return reply.status == 200
+
+            await until(served)
+            long = {**BODY, "max_tokens": 500_000}
+            deaf = [await deaf_client(balancer.port, long) for _ in range(3)]
+            # Others are served meanwhile, at once.
+            while not await cut_off(site, len(deaf)):
+                async with asyncio.timeout(2):
+                    assert await served()
+                await asyncio.sleep(0.1)
+            for sock in deaf:
+                sock.close()
+            assert await served()
+
+
+async def cut_off(site: Site, count: int) -> bool:
+    """Whether so many streams have ended because their clients did not read."""
+    _, page, _ = await site.get("/metrics")
+    return f'"slow_client",model_name="echo",priority="normal"}} {count}.0' in page
 
 
 def test_the_longest_answer_in_one_piece_is_waited_for() -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_site import Site, letters, model_card, open_site, read_events, until
+from gateway_site import (
+    Site,
+    deaf_client,
+    letters,
+    model_card,
+    open_site,
+    raw_request,
+    read_events,
+    until,
+)
 
 from realtime_serve import probe
 
@@ -78,15 +87,7 @@ async def test_a_client_that_does_not_read_is_cut(redis_url: str) -> None:
         site.worker.burst = 500
         # More than what the kernel takes for a client that does not read.
         long = {**BODY, "max_tokens": 100_000}
-        readers = []
-        for _ in range(3):
-            sock = socket.socket()
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.setblocking(False)
-            loop = asyncio.get_running_loop()
-            await loop.sock_connect(sock, ("127.0.0.1", site.server.port))
-            await loop.sock_sendall(sock, raw_request(long))
-            readers.append(sock)
+        readers = [await deaf_client(site.server.port, long) for _ in range(3)]
         # A client that reads is not held up by them.
         _, events, _ = await site.post("/infer_stream", {**BODY, "max_tokens": 4000})
         assert events[-1].data == "[DONE]"
@@ -315,15 +316,6 @@ async def test_a_real_process_ends_by_signals(site: Site, redis_url: str, signal
         if process.returncode is None:
             process.kill()
             await process.wait()
-
-
-def raw_request(body: Any) -> bytes:
-    data = json.dumps(body).encode()
-    head = (
-        "POST /infer_stream HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\n\r\n"
-    )
-    return head.encode() + data
 
 
 async def raw_post(site: Site, body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
