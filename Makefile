@@ -62,6 +62,7 @@ bench: env-dev ## measure engine and cluster, and others beside them (half an ho
 	@$(PYTHON) -m benchmarks.engine $(BENCH_ARGS)
 	@$(PYTHON) -m benchmarks.run
 	@$(PYTHON) -m benchmarks.emit
+	@$(PYTHON) -m benchmarks.memory
 
 chaos: env-dev ## make every fault happen and check every token (an hour)
 	@PYTHONPATH=tests $(PYTHON) -m chaos.run $(CHAOS_ARGS)

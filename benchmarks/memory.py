@@ -19,23 +19,26 @@ import aiohttp
 import redis
 
 from benchmarks.cluster import Cluster
+from benchmarks.figures import BenchError
 from realtime_serve.redis_server import RedisServer, find_binary
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
 FEW, MANY = 100, 1000
 """Streams at once."""
-SHORT, LONG = 20, 320
+SHORT, LONG = 20, 120
 """Tokens of a stream."""
-STEP_MS = 60
+STEP_MS = 250
 KIB = 1024
+WORKERS, MOST_ROWS = 4, 256
 
 
 @dataclass
 class Used:
-    """Bytes in use: the gateway's with all streams open and read to so many tokens, Redis's."""
+    """Bytes in use with all streams open, and how many tokens they had by then, all together."""
 
-    gateway: float
-    redis: float
+    gateway: int
+    redis: int
+    tokens: int
 
 
 async def hold(url: str, streams: int, tokens: int) -> AsyncExitStack:
@@ -45,9 +48,14 @@ async def hold(url: str, streams: int, tokens: int) -> AsyncExitStack:
         connector = aiohttp.TCPConnector(limit=0)
         http = await opening.enter_async_context(aiohttp.ClientSession(connector=connector))
 
+        gate = asyncio.Semaphore(50)
+
         async def one() -> None:
-            reply = await opening.enter_async_context(http.post(f"{url}/infer_stream", json=body))
-            reply.raise_for_status()
+            async with gate:
+                asking = http.post(f"{url}/infer_stream", json=body)
+                reply = await opening.enter_async_context(asking)
+            if reply.status != 200:
+                raise BenchError(await reply.text())
             seen = 0
             while seen < tokens:
                 seen += (await reply.content.readline()).startswith(b"data: ")
@@ -68,7 +76,9 @@ def measure(server: RedisServer, streams: int, tokens: int) -> Used:
         await gone.aclose()
         held = await hold(cluster.url, streams, tokens)
         used = Used(
-            cluster.role_memory("gateway") - idle_gateway, float(_used(client) - idle_redis)
+            cluster.role_memory("gateway") - idle_gateway,
+            _used(client) - idle_redis,
+            _tokens(client),
         )
         await held.aclose()
         return used
@@ -80,14 +90,25 @@ def measure(server: RedisServer, streams: int, tokens: int) -> Used:
             redis_url=server.url,
             engine="echo",
             echo_step_ms=STEP_MS,
-            max_batch_size=MANY + 10,
+            workers=WORKERS,
+            queue_limit=2 * MANY,
+            max_batch_size=MOST_ROWS,
         ) as cluster,
     ):
         return asyncio.run(run(cluster))
 
 
 def _used(client: Any) -> int:
-    return int(client.info("memory")["used_memory"])
+    """By the requests and their logs."""
+    names = client.scan_iter("rts:[rl]:*", count=1000)
+    return sum(client.memory_usage(name) or 0 for name in names)
+
+
+def _tokens(client: Any) -> int:
+    """More than were read: the worker does not wait for readers."""
+    return sum(
+        int(client.hget(name, "seq") or 0) for name in client.scan_iter("rts:r:*", count=1000)
+    )
 
 
 def main() -> None:
@@ -98,22 +119,22 @@ def main() -> None:
             measure(server, streams, tokens)
             for streams, tokens in ((FEW, SHORT), (MANY, SHORT), (MANY, LONG))
         )
-    more_streams, more_tokens = MANY - FEW, MANY * (LONG - SHORT)
-    rows = [
-        (name, (b - a) / more_streams / KIB, (c - b) / more_tokens)
-        for name, a, b, c in (
-            ("gateway", few.gateway, many.gateway, long.gateway),
-            ("Redis", few.redis, many.redis, long.redis),
-        )
-    ]
+    rows = []
+    for name, a, b, c in (
+        ("gateway", few.gateway, many.gateway, long.gateway),
+        ("Redis", few.redis, many.redis, long.redis),
+    ):
+        token = (c - b) / (long.tokens - many.tokens)
+        stream = (b - a - token * (many.tokens - few.tokens)) / (MANY - FEW)
+        rows.append((name, stream / KIB, token))
     text = "\n".join(
         [
             "# What a stream costs in memory",
             "",
             f"Written by `python -m benchmarks.memory`: {binary}, one gateway, the echo engine.",
-            f"A stream: from {FEW} to {MANY:,} open ones of {SHORT} tokens each; a token: from",
-            f"{SHORT} to {LONG} tokens of {MANY:,} streams. Resident memory of the gateway,",
-            "used_memory of Redis.",
+            f"A stream: {MANY:,} open ones in place of {FEW}; a token: {LONG} of each in place of",
+            f"{SHORT}, {STEP_MS} ms apart, so that each is an entry of its log; one letter each.",
+            "Resident memory of the gateway, MEMORY USAGE of requests and logs in Redis.",
             "",
             "| | a stream (KiB) | a token (bytes) |",
             "|---|---|---|",

@@ -111,6 +111,7 @@ SCENARIOS = (
         Scenario(
             f"gateway SIGTERM (drain) behind {balancer}",
             drain,
+            fast=int(balancer == "nginx"),
             gateways=2,
             balancer=balancer,
             kinds=("keyed", "chat", "plain", "stop", "infer", "plain"),
