@@ -44,25 +44,26 @@ class Used:
 async def hold(url: str, streams: int, tokens: int) -> AsyncExitStack:
     """So many open streams, each read until it has so many tokens; they end with what returns."""
     body = {"model": "echo", "prompt": "a short prompt", "max_tokens": tokens + 500}
-    async with AsyncExitStack() as opening:
-        connector = aiohttp.TCPConnector(limit=0)
-        http = await opening.enter_async_context(aiohttp.ClientSession(connector=connector))
+    opened = AsyncExitStack()
+    connector = aiohttp.TCPConnector(limit=0)
+    http = await opened.enter_async_context(aiohttp.ClientSession(connector=connector))
+    gate = asyncio.Semaphore(50)
 
-        gate = asyncio.Semaphore(50)
+    async def one() -> None:
+        async with gate:
+            reply = await opened.enter_async_context(http.post(f"{url}/infer_stream", json=body))
+        if reply.status != 200:
+            raise BenchError(await reply.text())
+        seen = 0
+        while seen < tokens:
+            seen += (await reply.content.readline()).startswith(b"data: ")
 
-        async def one() -> None:
-            async with gate:
-                asking = http.post(f"{url}/infer_stream", json=body)
-                reply = await opening.enter_async_context(asking)
-            if reply.status != 200:
-                raise BenchError(await reply.text())
-            seen = 0
-            while seen < tokens:
-                seen += (await reply.content.readline()).startswith(b"data: ")
-
+    try:
         await asyncio.gather(*(one() for _ in range(streams)))
-        return opening.pop_all()
-    raise AssertionError
+    except BaseException:
+        await opened.aclose()
+        raise
+    return opened
 
 
 def measure(server: RedisServer, streams: int, tokens: int) -> Used:

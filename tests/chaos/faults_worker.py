@@ -159,7 +159,7 @@ async def keeping_workers(
                 if not ended.told_to_end:
                     stage.ledger.wrong.append(f"a worker ended with {ended.popen.returncode}")
                 at_death()
-            while len(world.of("worker")) < 2:
+            while sum(not p.told_to_end for p in world.of("worker")) < 2:
                 world.start("worker")
             await asyncio.sleep(0.1)
 

@@ -276,11 +276,14 @@ class Ledger:
             if not status or health["active_streams"]:
                 self.wrong.append(f"gateway {gateway.port} says {body}")
 
+    async def _requests_and_logs(self) -> list[bytes]:
+        return [name async for name in self._client.scan_iter("rts:[rl]:*", count=1000)]
+
     async def nothing_left(self) -> None:
-        """Waits until every key of a request is gone."""
+        """Waits until every request and log is gone."""
         deadline = time.monotonic() + KEEP_S + 8
         while time.monotonic() < deadline:
-            names = [n async for n in self._client.scan_iter("rts:[rl]:*", count=1000)]
+            names = await self._ask(self._requests_and_logs)
             if not names:
                 return
             await asyncio.sleep(0.2)

@@ -52,9 +52,10 @@ class NetProxy:
     def silence(self) -> int:
         """From now on nothing gets through, in either direction, and nothing is closed.
 
-        Returns how many connections there are.
+        Returns how many connections there are; with none it does nothing, as new ones would wait.
         """
-        self._open.clear()
+        if self._links:
+            self._open.clear()
         return len(self._links)
 
     def heal(self) -> None:

@@ -205,7 +205,7 @@ async def play(
     """Plays a scenario on a cluster of its own.
 
     Where `at_rest` is given it is called when the cluster does nothing any more; then it is waited
-    until every key of a request is gone. Without it their lifetimes are looked at alone.
+    until every request and log is gone. Without it their lifetimes are looked at alone.
     """
     rng = random.Random(seed)
     row = Row(scenario.name, server, seed)
@@ -214,7 +214,7 @@ async def play(
         server=server,
         tcp=scenario.tcp,
         launcher=scenario.launcher,
-        disk_mb=scenario.disk_mb if is_allowed() else 0,
+        disk_mb=scenario.disk_mb if scenario.disk_mb and is_allowed() else 0,
         replicated=scenario.replicated,
         **scenario.settings,
     ) as world:

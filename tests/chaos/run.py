@@ -34,7 +34,7 @@ runs at once: `make chaos CHAOS_ARGS='--only "gateway SIGKILL" --seed {seed}'`.
 
 - wrong: streams with a token lost, repeated, changed or out of order, without an end or with two;
   requests that ended more or less than once; counters, budgets, leases or keys left over: each play
-  ends when every key of a request is gone.
+  ends when every request and log is gone from Redis.
 - told: streams that ended with an explicit error where that is the right answer.
 - stall: the longest wait for a token of a stream that the fault hit ({hit});
   for faults of Redis counted from when it was back. Replies in one piece have no tokens to time.
@@ -220,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
         "--update", action="store_true", help="put these rows into the table that is there"
     )
     parser.add_argument("--rounds", type=int, default=5, help="times each fault happens in a play")
-    parser.add_argument("--jobs", type=int, default=1, help="plays at once; they slow each other")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="plays at once, beside those that wait for keys to go; they slow each other",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     return parser

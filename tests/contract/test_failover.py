@@ -351,7 +351,10 @@ async def test_the_gateway_refuses_what_no_replica_has(pair: Replicated) -> None
         assert "No replica" in reply["error"]["message"]
         # Many at once do not take all connections away from the others. A machine that stands still
         # for a moment looks the same, but not three times.
-        assert any([await _longest_ping(strict, refused) < REPLICA_MS / 1000 / 2 for _ in range(3)])
+        longest = [await _longest_ping(strict, refused)]
+        while longest[-1] > REPLICA_MS / 1000 / 2 and len(longest) < 3:
+            longest.append(await _longest_ping(strict, refused))
+        assert longest[-1] < REPLICA_MS / 1000 / 2, longest
         assert strict.edge.healthy
         # Nothing of it stays in the queue; control, which this site lacks, settles the charges.
         await until(lambda: _is_empty(strict))

@@ -30,7 +30,7 @@ def test_the_gpu_profile_is_a_worker_with_another_image_and_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_ours_may_write_nowhere_and_gain_nothing(name: str) -> None:
+def test_ours_have_a_root_to_read_only_and_no_capabilities(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
