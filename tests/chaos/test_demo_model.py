@@ -85,6 +85,7 @@ async def test_the_text_equals_the_unbroken_greedy_answer(cluster: Cluster) -> N
             victim = owner_of_most(cluster)
             next(p for p in cluster.processes if p.pid == victim).kill()
         assert ["".join(found) for found in pieces] == unbroken
+        assert moved(cluster), "all was over before another worker had anything to go on with"
 
 
 def owner_of_most(cluster: Cluster) -> int:
@@ -97,3 +98,9 @@ def owner_of_most(cluster: Cluster) -> int:
                 pids[int(owner.decode().rsplit("-", 2)[1])] += 1
     assert pids, "all was over before anything was killed"
     return pids.most_common(1)[0][0]
+
+
+def moved(cluster: Cluster) -> int:
+    """How many requests another worker has gone on with."""
+    with redis.Redis.from_url(cluster.redis.url) as client:
+        return sum(int(client.hget(name, "ep") or 0) > 1 for name in client.scan_iter("rts:r:*"))
