@@ -60,16 +60,22 @@ def free_port() -> int:
 
 
 class Process:
-    """One process of the cluster and its log file."""
+    """One process of the cluster, its own settings and its log file."""
 
     def __init__(
-        self, role: str, index: int, log: Path, popen: subprocess.Popen[bytes], port: int = 0
+        self,
+        role: str,
+        index: int,
+        log: Path,
+        popen: subprocess.Popen[bytes],
+        settings: Mapping[str, str | int | float],
     ) -> None:
         self.role = role
         self.index = index
         self.log = log
         self.popen = popen
-        self.port = port
+        self.settings = settings
+        self.port = int(settings.get("port", 0))
         self.told_to_end = False
 
     @property
@@ -182,7 +188,7 @@ class Cluster:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-        process = Process(role, index, log, popen, int(settings.get("port", 0)))
+        process = Process(role, index, log, popen, settings)
         self.processes.append(process)
         return process
 

@@ -61,7 +61,7 @@ class Scene:
         async with asyncio.timeout(60):
             while True:
                 try:
-                    return await asyncio.to_thread(_data(self.world).execute_command, *command)
+                    return await asyncio.to_thread(self.world.client.execute_command, *command)
                 except redis.RedisError:
                     await asyncio.sleep(0.05)
 
@@ -100,11 +100,6 @@ class Scene:
             if worker.popen.poll() is None:
                 worker.signal(signal.SIGTERM)
                 await asyncio.to_thread(worker.popen.wait, 60)
-
-
-def _data(world: World) -> redis.Redis:
-    """The server that holds the data just now."""
-    return world.client if world.pair is None else world.pair.primary().client
 
 
 Kind = Callable[[Scene], Awaitable[None]]

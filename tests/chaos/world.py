@@ -89,7 +89,6 @@ class World(Cluster):
         self.orders.mkdir(parents=True)
         self.marks: list[float] = []
         self._outages: list[Outage] = []
-        self._given: dict[Process, dict[str, str | int | float]] = {}
         self._known_dead: set[Process] = set()
         self._balancer: Balancer | None = None
         self._client: redis.Redis | None = None
@@ -138,15 +137,13 @@ class World(Cluster):
         **settings: str | int | float,
     ) -> Process:
         """Starts one process, able to take orders."""
-        process = super().start(
+        return super().start(
             role,
             env={engine.ORDERS: str(self.orders), "PYTHONFAULTHANDLER": "1", **(env or {})},
             launcher=launcher
             or (("-m", "realtime_serve.cli") if role == "control" else self.launcher),
             **settings,
         )
-        self._given[process] = settings
-        return process
 
     def outage(self, *, killed: bool) -> None:
         """A gateway goes just now, by SIGKILL or because it was told to."""
@@ -179,8 +176,7 @@ class World(Cluster):
 
     def again(self, process: Process) -> Process:
         """Another process in the place of one that ended, with its settings."""
-        port = {"port": process.port} if process.port else {}
-        return self.start(process.role, **{**self._given[process], **port})
+        return self.start(process.role, **process.settings)
 
     def workers_ended(self) -> list[Process]:
         """Workers that died since they were last asked for; a SIGKILL was ordered."""
@@ -249,7 +245,12 @@ class World(Cluster):
 
     @property
     def client(self) -> redis.Redis:
-        """To look at the data; never the only thing that keeps it right."""
+        """Of the server that holds the data just now: to look at them, and to tell it things.
+
+        Never the only thing that keeps them right.
+        """
+        if self.pair is not None:
+            return self.pair.primary().client
         if self._client is None:
             self._client = redis.Redis.from_url(self.data_url, socket_timeout=5)
         return self._client
