@@ -40,8 +40,8 @@ class Stream:
     Attributes:
         kind: keyed (infer_stream, resumable), chat, stop (ends at a stop string), infer (in one
             piece), flaky (hangs up in the middle and resumes), double (a second reader),
-            slow (reads slower than it comes), plain (nothing special), vanish (leaves for good in
-            the middle), cancel (DELETE in the middle).
+            slow (reads slower than it comes), plain (nothing special), refusable (plain, and may
+            be refused), vanish (leaves for good in the middle), cancel (DELETE in the middle).
         expected: its whole text. tokens: how many make it.
         signed: its tokens say who wrote them instead, see `owners`.
         arrivals: time.monotonic() of each token, so of the last ones after a resume.
@@ -78,6 +78,10 @@ class Stream:
     @property
     def ended(self) -> bool:
         return bool(self.reason or self.broken or self.wrong)
+
+    @property
+    def comes_again(self) -> bool:
+        return self.kind not in ("plain", "vanish", "cancel", "slow", "refusable")
 
     @property
     def complete(self) -> bool:
@@ -208,10 +212,7 @@ class Load:
         stream.started = time.monotonic()
         try:
             async with asyncio.timeout(self._limit_s):
-                if stream.kind in ("plain", "vanish", "cancel", "slow", "refusable"):
-                    await self._once(stream)
-                else:
-                    await self._surviving(stream)
+                await (self._surviving(stream) if stream.comes_again else self._once(stream))
         except Exception as error:
             stream.wrong.append(f"client: {error!r}")
         is_right = stream.signed or stream.text == stream.expected
@@ -269,7 +270,7 @@ class Load:
 
     def _headers(self, stream: Stream) -> dict[str, str]:
         headers = {"X-Client-Id": stream.caller}
-        if stream.kind not in ("plain", "vanish", "cancel", "slow", "refusable"):
+        if stream.comes_again:
             headers["Idempotency-Key"] = stream.name
             if stream.kind != "infer":
                 headers["X-Resumable"] = "30"

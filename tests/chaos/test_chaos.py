@@ -7,12 +7,14 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 from required import REQUIRED
 
 from chaos.catalogue import SCENARIOS
-from chaos.load import Load
+from chaos.ledger import Ledger
+from chaos.load import Load, Stream
 from chaos.play import Scenario, Stalls, is_excused, play, seed_of
 from chaos.run import updated
 from chaos.world import SERVERS, find_server
@@ -67,6 +69,39 @@ def test_one_seed_is_the_same_streams_and_faults_however_fast_clients_are() -> N
 
     assert drawn(5, 0) == drawn(5, 9)
     assert drawn(5, 0) != drawn(6, 0)
+
+
+async def test_a_run_that_no_client_knows_must_be_one_that_a_client_may_not_know_of() -> None:
+    def sent(kind: str, number: int, **fields: Any) -> Stream:
+        return Stream(f"{kind}-{number}", "a", kind, 1, 50, "x", "y" * 50, 50, **fields)
+
+    async def wrong(streams: list[Stream], *reasons: str, tokens: int = 50) -> list[str]:
+        facts = [
+            (b"", {b"rid": b"%d" % i, b"caller": b"id:a", b"tokens": b"%d" % tokens, b"reason": r})
+            for i, r in enumerate(reason.encode() for reason in reasons)
+        ]
+        world: Any = SimpleNamespace(
+            data_url="redis://127.0.0.1:1", settings={"tokens_per_minute": 1}
+        )
+        ledger = Ledger(world)
+        ledger._client = SimpleNamespace(xrange=AsyncMock(return_value=facts))
+        await ledger._check_ends(streams)
+        await ledger.close()
+        return ledger.wrong
+
+    silent = sent("plain", 1, unanswered=1)
+    lost = sent("refusable", 2, broken='503 {"code":"store_unavailable"}')
+    full = sent("refusable", 3, broken='503 {"code":"queue_full"}')
+    keyed = sent("keyed", 4, unanswered=1)
+    assert await wrong([], "abandoned") == await wrong([], "cancelled") == []
+    assert await wrong([silent, lost], "length", "length") == []
+    # Each accounts for one run, of its own length, that came to its own end.
+    assert len(await wrong([silent], "length", "length")) == 1
+    assert await wrong([silent], "length", tokens=49)
+    assert await wrong([silent], "engine_failed")
+    # This one was refused; this one comes again, and gets it.
+    assert await wrong([full], "length")
+    assert await wrong([keyed], "length")
 
 
 def test_rows_that_are_played_again_are_counted_and_named() -> None:
