@@ -99,10 +99,10 @@ Ahead ahead_of(const T* panel, int depth, int block, int blocks) {
     return {bytes + steps * LINE * (PANEL_LINES + block * lines), lines};
 }
 
-// Up to 32 rows times one panel. out: [32][PANEL]. There must be 32 rows of memory behind `a`.
+// Up to 32 rows times one panel. out: [32][PANEL].
 template <class T>
-inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
-                           float* out, Ahead) {
+inline void multiply_panel(int rows, const T* a, size_t stride, const T* panel, int depth,
+                           float* out) {
     constexpr int R = KERNEL_ROWS<T>;
     // A tile stays in the nearest cache for the rows that come later, a panel does not.
     constexpr bool AGAIN = !TILE_BY_TILE;
@@ -117,6 +117,46 @@ inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, 
                                         to + r * PANEL, k == 0);
         }
 }
+
+// As multiply_panel. There must be 32 rows of memory behind `a`.
+template <class T>
+inline void multiply_block(int rows, const T* a, size_t stride, const T* panel, int depth,
+                           float* out, Ahead) {
+    multiply_panel(rows, a, stride, panel, depth, out);
+}
+
+#if !defined(__AVX512F__)
+// Without an instruction for pairs, each row's are taken apart again for every TILE_COLUMNS
+// columns: half of the work. For more rows than one pass takes, both sides are made floats first, a
+// tile of each at a time. The sums are the same: the factors are, and their order is.
+template <>
+inline void multiply_block(int rows, const bf16* a, size_t stride, const bf16* panel, int depth,
+                           float* out, Ahead) {
+    if (rows <= KERNEL_ROWS<bf16>) return multiply_panel(rows, a, stride, panel, depth, out);
+    constexpr int R = KERNEL_ROWS<float>;
+    alignas(64) float x[32][TILE_DEPTH], w[TILE_DEPTH][TILE_COLUMNS];
+    for (int k = 0; k < depth; k += TILE_DEPTH) {
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < TILE_DEPTH; i += LANES)
+                store(x[r] + i, load(a + r * stride + k + i));
+        for (int column = 0; column < PANEL; column += TILE_COLUMNS) {
+            const bf16* tile = panel + place_in_panel<bf16>(k, column);
+            for (int i = 0; i < TILE_DEPTH; i += DEPTH<bf16>) {
+                const bf16* line = tile + place_in_panel<bf16>(i, 0);
+                __builtin_prefetch(line + AHEAD_BYTES / sizeof(bf16));
+                for (int c = 0; c < TILE_COLUMNS; c += LANES) {
+                    const auto [first, second] = load_lanes(line + place_in_panel<bf16>(0, c));
+                    store(w[i] + c, first);
+                    store(w[i + 1] + c, second);
+                }
+            }
+            for (int r = 0; r < rows; r += R)
+                multiply_some<float, false>(std::min(R, rows - r), x[r], TILE_DEPTH, w[0],
+                                            TILE_DEPTH, out + r * PANEL + column, k == 0);
+        }
+    }
+}
+#endif
 
 #if RTS_TILES
 template <>
