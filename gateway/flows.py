@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from aiohttp import web
 
@@ -18,7 +19,7 @@ from gateway.sse import KEEP_ALIVE
 from shared import keys
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
-from shared.store import Store, unavailable
+from shared.store import ENGINE_TTL_MS, Store, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -202,17 +203,34 @@ class Flows:
         return bool(flow.behind_at) and now - flow.behind_at >= limit_s
 
     async def _end_idle(self, flows: list[Flow], now: float) -> None:
-        """Stops flows whose worker is silent; in the queue there is nothing to be heard."""
+        """Stops flows of which a live engine gives nothing.
+
+        Elsewhere there is nothing to be heard: in the queue, while Redis is away or refuses what
+        engines write, and until another engine has what a dead one left.
+        """
         try:
-            async with unavailable(), self._store.client.pipeline(transaction=False) as pipe:
-                for flow in flows:
-                    pipe.hmget(keys.request(flow.rid), ["st", "pr"])
-                rows = await pipe.execute()
+            async with unavailable():
+                rows, live = await self._owners(flows)
         except StoreUnavailable:
-            return
-        for flow, (state, progress) in zip(flows, rows, strict=True):
-            if state != b"r" or progress != (flow.progress or progress):
+            rows, live = [(None,) * 4] * len(flows), {}
+        for flow, (state, progress, owner, mv) in zip(flows, rows, strict=True):
+            is_owned = state == b"r" and owner.split(b":", 1)[1] in live[mv]
+            if not is_owned or progress != (flow.progress or progress):
                 flow.heard_at = now
             elif now - flow.heard_at >= self._settings.stream_idle_s:
                 flow.stop("stream_idle")
             flow.progress = progress
+
+    async def _owners(self, flows: list[Flow]) -> tuple[list[Any], dict[bytes, set[bytes]]]:
+        """(state, progress, owner, model's version) of each; the engines heard of late, by version."""
+        async with self._store.client.pipeline(transaction=False) as pipe:
+            for flow in flows:
+                pipe.hmget(keys.request(flow.rid), ["st", "pr", "own", "mv"])
+            pipe.time()
+            *rows, (seconds, micros) = await pipe.execute()
+            heard_s = min(ENGINE_TTL_MS / 1000, self._settings.stream_idle_s / 2)
+            since = int((seconds + micros / 1e6 - heard_s) * 1000)
+            versions = sorted({row[3] for row in rows if row[3]})
+            for mv in versions:
+                pipe.zrangebyscore(keys.leases(mv.decode()), since, "+inf")
+            return rows, dict(zip(versions, map(set, await pipe.execute()), strict=True))

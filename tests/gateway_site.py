@@ -81,7 +81,7 @@ class FakeWorker:
 
     Attributes:
         step_s: time of a step. room: most requests at once; 0: it takes nothing.
-        frozen: it holds what it has and emits nothing. burst: letters a step.
+        frozen: it lives, holds what it has and gives nothing of it. burst: letters a step.
         beating: it sends heartbeats, which open its version.
         finish: how a request ends that has all its letters.
         end: (reason, code, message) to end requests with instead of letters.
@@ -120,9 +120,10 @@ class FakeWorker:
     async def step(self) -> None:
         if self.room > len(self.running):
             await self._take()
-        if self.frozen or not self.running:
+        if not self.running:
             return
-        step = [self._emission(rid, state) for rid, state in self.running.items()]
+        given = {} if self.frozen else self.running
+        step = [self._emission(rid, state) for rid, state in given.items()]
         _, answers = await self.store.emit(self.mv, self.engine, step)
         for emission, answer in zip(step, answers, strict=True):
             if answer.outcome == "gap":

@@ -51,6 +51,24 @@ async def test_redis_is_killed_and_comes_back(own: RedisServer) -> None:
         assert reply["text"] == letters(5, 10)
 
 
+@pytest.mark.parametrize("outage", ["away", "full"])
+async def test_an_outage_longer_than_a_stream_may_idle(own: RedisServer, outage: str) -> None:
+    async with open_site(own.url, stream_idle_s=0.6) as site:
+        site.worker.step_s = 0.01
+        post = asyncio.create_task(site.post("/infer_stream", {**BODY, "max_tokens": 60}))
+        await until(lambda: [r for r in site.worker.running.values() if r.seq > 3])
+        (flow,) = site.edge.flows
+        before = flow.heard_at
+        client = redis.Redis.from_url(own.url)
+        own.kill() if outage == "away" else client.config_set("maxmemory", 1)
+        # The time stands still: it does not wait for the first look after the outage.
+        await until(lambda: flow.heard_at > before + 1.5 or post.done())
+        own.restart() if outage == "away" else client.config_set("maxmemory", 0)
+        client.close()
+        _, events, _ = await post
+        assert "".join(event.data.get("token", "") for event in events[:-1]) == letters(5, 60)
+
+
 async def test_redis_hangs(own: RedisServer) -> None:
     async with open_site(own.url) as site:
         os.kill(own.pid, signal.SIGSTOP)

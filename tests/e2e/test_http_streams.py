@@ -213,6 +213,24 @@ async def test_a_resumable_stream_that_idles_is_cancelled_too(redis_url: str) ->
         await until(lambda: _idle(site))
 
 
+async def test_a_stream_that_waits_for_another_engine_is_not_idle(redis_url: str) -> None:
+    async with open_site(redis_url, stream_idle_s=0.4) as site:
+        site.worker.step_s = 0.01
+        post = asyncio.create_task(site.post("/infer_stream", {**BODY, "max_tokens": 50}))
+        await until(lambda: [r for r in site.worker.running.values() if r.seq > 3])
+        # It drains, and nobody has room.
+        site.worker.frozen, site.worker.room = True, 0
+        owned = [(rid, state.epoch) for rid, state in site.worker.running.items()]
+        await site.edge.store.release(site.worker.mv, site.worker.engine, owned)
+        site.worker.running.clear()
+        (flow,) = site.edge.flows
+        before = flow.heard_at
+        await until(lambda: flow.heard_at > before + 1)
+        site.worker.frozen, site.worker.room = False, 8
+        _, events, _ = await post
+        assert "".join(event.data.get("token", "") for event in events[:-1]) == letters(5, 50)
+
+
 async def test_a_drain(site: Site) -> None:
     site.worker.step_s = 0.01
     long = {**BODY, "max_tokens": 40}
