@@ -168,7 +168,7 @@ _SENTENCES = {
     "slow_client": "The client read too slowly.",
     "timeout": "The deadline passed while the request was running.",
     "queue_timeout": "The deadline passed while the request was waiting in the queue.",
-    "stream_idle": "The worker has been silent for too long.",
+    "stream_idle": "The worker gave nothing of this request for too long.",
     "gateway_draining": "This gateway is shutting down.",
     "engine_failed": "The engines that ran this request died without making progress.",
     "error": "The engine could not run this request.",

@@ -222,7 +222,7 @@ class Flows:
             flow.progress = progress
 
     async def _owners(self, flows: list[Flow]) -> tuple[list[Any], dict[bytes, set[bytes]]]:
-        """(state, progress, owner, model's version) of each; the engines heard of late, by version."""
+        """(state, progress, owner, version) of each; the engines heard of late, by version."""
         async with self._store.client.pipeline(transaction=False) as pipe:
             for flow in flows:
                 pipe.hmget(keys.request(flow.rid), ["st", "pr", "own", "mv"])

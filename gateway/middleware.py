@@ -35,7 +35,8 @@ class Trail:
 
     Attributes:
         rid: the id of the request it may put on the queue.
-        label: what X-Request-Id says: the client's own, else the rid.
+        label: what X-Request-Id says: the client's own, or a proxy's; else the rid.
+        stream_id: what X-Stream-Id says: the rid of the request that is answered, "" without one.
         started: when it arrived, in the event loop's time.
         facts: for the log line.
     """
@@ -43,6 +44,7 @@ class Trail:
     rid: str
     label: str
     started: float
+    stream_id: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,7 +74,7 @@ class Cors:
             return {"Vary": "Origin"}
         return {
             **allowed,
-            "Access-Control-Expose-Headers": ", ".join(("X-Request-Id", *EXPOSED)),
+            "Access-Control-Expose-Headers": ", ".join(("X-Request-Id", "X-Stream-Id", *EXPOSED)),
         }
 
     def preflight(self, request: web.Request) -> web.Response | None:
@@ -120,6 +122,8 @@ def install(app: web.Application, settings: Settings) -> None:
         trail = request.get(TRAIL)
         if trail is not None:
             response.headers["X-Request-Id"] = trail.label
+            if trail.stream_id:
+                response.headers["X-Stream-Id"] = trail.stream_id
         response.headers.update(cors.headers(request))
         response.headers["Server"] = SERVER
         if request.app[EDGE].leaving:

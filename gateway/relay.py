@@ -67,6 +67,7 @@ class Relay:
         self._next = listening.subscription.next
         self._kept = listening.kept
         self._settled = False
+        self._said_end = False
         self.reason = ""
         self.format = format_of(listening.subject)
         self.flow = edge.flows.open(
@@ -150,6 +151,8 @@ class Relay:
                 flow.blocked_at = 0.0
         data = opening + self.format.end(self._outcome(event, entry.seq)) + sse.DONE
         flow.blocked_at = clock()
+        # It may wait for the client with all of it in a buffer: nothing may come behind.
+        self._said_end = True
         await write(data)
         await response.write_eof()
 
@@ -192,7 +195,7 @@ class Relay:
                 )
             self._leave(verdict or "error")
         data = b""
-        if verdict != HANDOVER:
+        if verdict != HANDOVER and not self._said_end:
             data = sse.json_event(self.flow.subscription.last, describe(error).body())
         cut = verdict == "slow_client"
         try:

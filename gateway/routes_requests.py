@@ -82,6 +82,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
         queue_status=queue_status,
     )
     relay = Relay(edge, listening)
+    trail.stream_id = record.rid
     trail.facts.update(rid=record.rid, model=record.view.model, after=after or 0)
     try:
         return await relay.stream({})

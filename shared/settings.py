@@ -262,7 +262,7 @@ class Settings:
     )
     stream_idle_s: float = _setting(
         120.0,
-        "longest time a live worker gives nothing of a running stream, then it ends in an error, in s",
+        "longest time a live worker gives nothing of a stream, then it ends in an error, in s",
         _GATEWAY,
         low=0.1,
         high=86_400,

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import threading
 import weakref
+from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -88,6 +89,11 @@ async def _run(
     await stop.wait()
 
 
+async def _fill(tokens: deque[Token], course: Course) -> None:
+    # There, not as a result: Ctrl-C at the moment of its return would lose them.
+    tokens.extend(await course.more())
+
+
 def _leave(course: Course, cancel: bool) -> None:
     course.leave(cancel=cancel)
 
@@ -114,7 +120,7 @@ class Stream(StreamView):
 
     def __next__(self) -> Token:
         if not self._tokens:
-            self._tokens.extend(self._thread.call(self._course.more()))
+            self._thread.call(_fill(self._tokens, self._course))
             if not self._tokens:
                 raise StopIteration
         return self._next()

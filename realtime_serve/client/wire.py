@@ -105,13 +105,15 @@ class Reply:
     """A response whose status was good.
 
     Attributes:
-        request_id: of X-Request-Id, or "".
+        request_id: of X-Stream-Id, or "".
     """
 
     def __init__(self, response: aiohttp.ClientResponse, failed: Callable[[], None]) -> None:
         self._response = response
         self._failed = failed
-        self.request_id = response.headers.get("X-Request-Id", "")
+        # Gateways up to release 0.1 say it in X-Request-Id alone, which a proxy may have set.
+        named = response.headers.get("X-Request-Id", "")
+        self.request_id = response.headers.get("X-Stream-Id", named)
         self.is_stream = response.content_type == "text/event-stream"
 
     async def some(self) -> bytes:

@@ -256,6 +256,19 @@ async def test_the_connection_breaks_again_and_again(stand: Stand, proxy: Proxy)
     assert len(set(proxy.keys)) == 2
 
 
+async def test_a_proxy_that_names_requests(proxy: Proxy, client: AsyncClient) -> None:
+    async with AsyncClient(proxy.url) as behind:
+        # As an ingress does; the name comes back to the client.
+        behind._wire._headers["X-Request-Id"] = "f" * 32
+        proxy.cuts = iter([2000])
+        stream = behind.stream("hi", model="echo", max_tokens=TOKENS, seed=24)
+        check([token async for token in stream], 24)
+        assert proxy.connections > 1
+        async with behind.stream("hi", model="echo", max_tokens=500) as left:
+            await anext(left)
+        await until(lambda: status_is(client, left.request_id, "cancelled"), SOON_S)
+
+
 async def test_a_gateway_that_hangs(stand: Stand) -> None:
     async with AsyncClient(stand.urls, read_timeout_s=0.5) as client:
         stream = client.stream("hi", model="echo", max_tokens=TOKENS, seed=24)

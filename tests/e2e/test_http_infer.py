@@ -47,10 +47,12 @@ async def test_a_sane_label_of_the_client_comes_back(site: Site) -> None:
     _, reply, headers = await site.post("/infer", BODY, {"X-Request-Id": "my-7"})
     assert headers["X-Request-Id"] == "my-7"
     assert len(reply["request_id"]) == 32
+    assert headers["X-Stream-Id"] == reply["request_id"]
     _, reply, headers = await site.post("/infer", BODY, {"X-Request-Id": "a b{}"})
     assert headers["X-Request-Id"] == reply["request_id"]
     _, _, headers = await site.post("/infer", {"model": "nope"}, {"X-Request-Id": "my-8"})
     assert headers["X-Request-Id"] == "my-8"
+    assert "X-Stream-Id" not in headers
 
 
 async def test_many_streams_at_once_keep_apart(site: Site) -> None:
@@ -350,7 +352,8 @@ async def test_cors(redis_url: str) -> None:
         assert "x-other" not in allowed
         status, _, headers = await site.post("/infer_stream", BODY, good)
         assert headers["Access-Control-Allow-Origin"] == "https://good.org"
-        assert "X-Request-Id" in headers["Access-Control-Expose-Headers"]
+        exposed = headers["Access-Control-Expose-Headers"].split(", ")
+        assert {"X-Request-Id", "X-Stream-Id"} <= set(exposed)
         _, _, headers = await site.post("/infer", {}, good)
         assert headers["Access-Control-Allow-Origin"] == "https://good.org"
         _, _, headers = await site.get("/health", {"Origin": "https://evil.org"})

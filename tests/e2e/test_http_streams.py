@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from gateway_site import (
     Site,
     deaf_client,
@@ -183,6 +184,26 @@ async def test_a_slow_client_gets_no_end_or_one_error(redis_url: str) -> None:
         # A cut connection is an end, too: it is not the one of a whole reply.
         assert text.count(b'data: {"error"') + (not text.endswith(b"0\r\n\r\n")) == 1
         writer.close()
+
+
+async def test_nothing_comes_behind_the_end(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, held = web.StreamResponse.write, asyncio.Event()
+
+    async def write_and_wait(response: web.StreamResponse, data: bytes) -> None:
+        # As for a client that reads no more, when all is in a buffer.
+        await write(response, data)
+        if b"[DONE]" in data:
+            held.set()
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(web.StreamResponse, "write", write_and_wait)
+    async with open_site(redis_url, slow_client_s=0.2) as site:
+        _, events, _ = await site.post("/infer_stream", BODY)
+        assert held.is_set()
+        assert events[-1].data == "[DONE]"
+        assert [event.id for event in events[:-2]] == list(range(1, 11))
 
 
 async def test_a_worker_that_falls_silent(redis_url: str) -> None:

@@ -401,6 +401,25 @@ async def test_ctrl_c_before_an_answer_cancels_the_request() -> None:
     assert seen == ["POST /infer_stream", "DELETE /requests/r"]
 
 
+async def test_ctrl_c_when_tokens_have_come_loses_none_of_them() -> None:
+    def use(url: str) -> list[str]:
+        with Client(url) as client, client.stream("x", model="m") as stream:
+            call = stream._thread.call
+
+            def interrupted(coroutine: Any) -> None:
+                call(coroutine)
+                raise KeyboardInterrupt
+
+            stream._thread.call = interrupted
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+            stream._thread.call = call
+            return [token.text for token in stream]
+
+    async with gateway(WHOLE) as (url, _):
+        assert "".join(await asyncio.to_thread(use, url)) == "1234"
+
+
 async def test_a_stream_detached_before_an_answer_is_made_and_not_cancelled() -> None:
     async with play(LATE, CANCELLED) as (client, seen):
         it = client.stream("x", model="m")
