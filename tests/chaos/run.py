@@ -24,6 +24,8 @@ from chaos.play import Row, Scenario, is_excused, play, quantile, seed_of
 from chaos.world import LEASE_MS, SERVERS, STEP_MS, find_server
 
 RESULTS = ROOT / "benchmarks" / "results" / "chaos.md"
+STREAMS = 10_000
+"""Of a run of all scenarios, at least."""
 _HEAD = """\
 # Chaos
 
@@ -99,6 +101,7 @@ def main() -> int:
         if (missed := s.most_stall.missed([x for row in rows[s.name] for x in row.stalls_s]))
     ]
     streams = sum(row.streams for row in good)
+    few = not given.only and streams < STREAMS
     total = (
         f"\n{streams:,} streams outside the controls, {wrong} wrong; {given.rounds} rounds, "
         f"{given.jobs} at once, {(time.monotonic() - began) / 60:.0f} minutes.\n"
@@ -113,9 +116,11 @@ def main() -> int:
         print(f"the negative control found nothing: {name}")
     for what in slow:
         print(f"too slow: {what}")
+    if few:
+        print(f"too few streams: {streams:,}, not {STREAMS:,}")
     left_out = [reason for reason in skipped.values() if not is_excused(reason)]
     lacking = left_out or set(given.servers) - set(servers)
-    return 1 if wrong or blind or slow or (os.environ.get(REQUIRED) and lacking) else 0
+    return 1 if wrong or blind or slow or few or (os.environ.get(REQUIRED) and lacking) else 0
 
 
 def updated(text: str, rows: list[str], rounds: int) -> str:

@@ -49,22 +49,23 @@ _CONTROL_S = 10.0
 
 def setting_problems(objects: list[Object]) -> list[str]:
     """Settings that are unknown, that the process does not read, or that stop its start."""
+    return [what for pod in pods(objects) if pod.role for what in pod_setting_problems(pod)]
+
+
+def pod_setting_problems(pod: Pod) -> list[str]:
+    """The same of one of our processes."""
+    if pod.role not in _COMMANDS:
+        return [f"{pod.name}: there is no command {pod.role}"]
     found = []
-    for pod in pods(objects):
-        if pod.role and pod.role not in _COMMANDS:
-            found.append(f"{pod.name}: there is no command {pod.role}")
-            continue
-        if not pod.role:
-            continue
-        try:
-            settings_of(pod)
-        except SettingsError as error:
-            found.append(f"{pod.name}: {error}")
-        if pod.env.get("RTS_REDIS_URL") is None:
-            found.append(f"{pod.name}: there is no RTS_REDIS_URL")
-        for spec in dataclasses.fields(Settings):
-            if env_name(spec.name) in pod.env and pod.role not in spec.metadata["roles"]:
-                found.append(f"{pod.name}: {pod.role} does not read {env_name(spec.name)}")
+    try:
+        settings_of(pod)
+    except SettingsError as error:
+        found.append(f"{pod.name}: {error}")
+    if pod.env.get("RTS_REDIS_URL") is None:
+        found.append(f"{pod.name}: there is no RTS_REDIS_URL")
+    for spec in dataclasses.fields(Settings):
+        if env_name(spec.name) in pod.env and pod.role not in spec.metadata["roles"]:
+            found.append(f"{pod.name}: {pod.role} does not read {env_name(spec.name)}")
     return found
 
 
@@ -97,15 +98,14 @@ def unknown_settings(text: str) -> set[str]:
 
 def ending_problems(objects: list[Object]) -> list[str]:
     """Pods that would be killed before they have drained."""
-    found = []
-    for pod in pods(objects):
-        if not pod.role:
-            continue
-        given = pod.spec.get("terminationGracePeriodSeconds", 30)
-        needed = _ending_s(pod) + SPARE_S
-        if given < needed:
-            found.append(f"{pod.name}: needs {needed:g} s to end, and has {given}")
-    return found
+    return [what for pod in pods(objects) if pod.role for what in pod_ending_problems(pod)]
+
+
+def pod_ending_problems(pod: Pod) -> list[str]:
+    """The same of one of our processes."""
+    given = pod.spec.get("terminationGracePeriodSeconds", 30)
+    needed = _ending_s(pod) + SPARE_S
+    return [f"{pod.name}: needs {needed:g} s to end, and has {given}"] if given < needed else []
 
 
 def _ending_s(pod: Pod) -> float:

@@ -121,7 +121,9 @@ def test_secrets_are_not_in_the_repository() -> None:
 
 def _files() -> list[Path]:
     files = [path for path in FOLDER.rglob("*") if path.suffix in (".yaml", ".conf", ".py")]
-    return [*sorted(files), ROOT / "docs" / "kubernetes.md"]
+    deploy = (path for path in (ROOT / "deploy").glob("*/*") if path.is_file())
+    pages = [ROOT / "README.md", ROOT / "docker-compose.yml", *(ROOT / "docs").glob("*.md")]
+    return sorted({*files, *deploy, *pages})
 
 
 @pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))

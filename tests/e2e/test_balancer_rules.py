@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import aiohttp
 import pytest
 from balancers import BALANCERS, Balancer
-from cluster import Cluster, free_port
+from cluster import Cluster, Process, free_port
 from gateway_site import until
 from required import needs
 
@@ -43,19 +44,23 @@ SHORT = {**LONG, "max_tokens": 1}
 class Front:
     """Two gateways behind a balancer; the second one starts when it is told to."""
 
+    kind: str
     cluster: Cluster
     url: str
-    second: int
+    port: int
+    second: Process | None = None
 
-    def start_second(self) -> None:
-        if self.second not in self.cluster.ports:
-            self.cluster.start("gateway", port=self.second)
-            self.cluster.wait()
+    async def start_second(self) -> Process:
+        if self.second is None or self.second.popen.poll() is not None:
+            self.second = self.cluster.start("gateway", port=self.port, drain_delay_s=30)
+            await until(lambda: self.cluster.get("/readyz", self.port)[0] == 200, 30)
+        return self.second
 
     def count(self, what: str) -> list[int]:
-        """A gauge of each gateway."""
-        pages = [self.cluster.get("/metrics", port)[1] for port in self.cluster.ports]
-        return [int(float(re.findall(f"(?m)^{what} (.*)", page)[0])) for page in pages]
+        """A gauge of each gateway that runs."""
+        pages = (self.cluster.get("/metrics", port)[1] for port in self.cluster.ports)
+        found = (re.findall(f"(?m)^{what} (.*)", page) for page in pages if page is not None)
+        return [int(float(value)) for (value,) in found]
 
     def is_idle(self) -> bool:
         return not any(self.count("rts_streams"))
@@ -82,10 +87,10 @@ def front(
     texts = TEXTS[request.param]
     with Cluster(folder, echo_step_ms=50, max_connections=30) as cluster, Lifeline() as lifeline:
         cluster.up(control=False)
-        second = free_port()
-        ports = [*cluster.ports, second]
+        port = free_port()
+        ports = [*cluster.ports, port]
         with Balancer(request.param, folder, ports, lifeline, texts) as balancer:
-            yield Front(cluster, f"http://127.0.0.1:{balancer.port}", second)
+            yield Front(request.param, cluster, f"http://127.0.0.1:{balancer.port}", port)
 
 
 @asynccontextmanager
@@ -108,7 +113,7 @@ async def opened(url: str, most: int) -> AsyncIterator[int]:
 async def test_new_streams_go_to_the_gateway_that_has_least(front: Front) -> None:
     await until(front.is_served)
     async with opened(front.url, 6):
-        front.start_second()
+        await front.start_second()
         # Longer than haproxy takes to see that it is there.
         await asyncio.sleep(1)
         async with opened(front.url, 6):
@@ -117,7 +122,7 @@ async def test_new_streams_go_to_the_gateway_that_has_least(front: Front) -> Non
 
 
 async def test_what_a_full_gateway_refuses_another_one_takes(front: Front) -> None:
-    front.start_second()
+    await front.start_second()
     await until(front.is_idle)
     full = f"http://127.0.0.1:{front.cluster.ports[0]}"
     async with opened(full, 100) as count:
@@ -127,8 +132,32 @@ async def test_what_a_full_gateway_refuses_another_one_takes(front: Front) -> No
         assert {await front.ask() for _ in range(10)} == {200}
 
 
+async def test_a_dead_gateway_costs_no_request_that_has_not_begun(front: Front) -> None:
+    await until(front.is_idle)
+    for _ in range(3):
+        victim = await front.start_second()
+        # Longer than haproxy takes to see that it is there.
+        await asyncio.sleep(1)
+        victim.kill()
+        assert {await front.ask() for _ in range(10)} == {200}
+
+
+async def test_who_leaves_gets_nothing_new_from_who_asks(front: Front) -> None:
+    leaving = await front.start_second()
+    await until(front.is_idle)
+    await asyncio.sleep(1)
+    leaving.signal(signal.SIGTERM)
+    # Longer than haproxy takes to ask twice; the delay is much longer.
+    await asyncio.sleep(1.5)
+    async with opened(front.url, 6) as count:
+        assert count == 6
+        # nginx does not ask: it goes on until it is refused, and then elsewhere.
+        assert front.count("rts_streams") == ([6, 0] if front.kind == "haproxy" else [3, 3])
+    leaving.kill()
+
+
 async def test_an_address_has_so_many_connections_and_no_more(front: Front) -> None:
-    front.start_second()
+    await front.start_second()
     await until(front.is_idle)
     async with opened(front.url, MOST) as count:
         assert count == MOST
