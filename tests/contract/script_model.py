@@ -247,7 +247,12 @@ async def assert_consistent(client: aioredis.Redis, mv: str = MV) -> State:
 
 @dataclass
 class Job:
-    """One request as the model sees it. `best`: most rows of its prompt that any owner computed."""
+    """One request as the model sees it.
+
+    Attributes:
+        attempt: the call that queued it; "" once a client has attached to it.
+        best: most rows of its prompt that any owner computed.
+    """
 
     rid: str
     caller: str
@@ -258,6 +263,7 @@ class Job:
     deadline: int
     grace: int
     prompt: int
+    attempt: str
     state: str = "w"
     entry: int = 0
     owner: str = ""
@@ -343,9 +349,12 @@ class Model:
     def enqueue(self, job: Job, *, was_accepted: bool = False) -> str:
         if job.rid in self.jobs:
             old = self.jobs[job.rid]
+            if old.attempt == job.attempt:
+                return "accepted"
             if (old.caller, old.digest) != (job.caller, job.digest):
                 return "conflict"
             if old.state != "e" or old.reason in ("stop", "length"):
+                old.attempt = ""
                 return "attached"
         waits = any(other.caller == job.caller for other in self.heads[job.cls])
         room = self.limit * (1 if waits else 2)
@@ -535,6 +544,14 @@ class Model:
         self._finish(job, "cancelled")
         return "cancelled"
 
+    def refund(self, rid: str, attempt: str) -> bool:
+        job = self.jobs[rid]
+        if job.attempt != attempt:
+            return False
+        if job.state != "e":
+            self._finish(job, "cancelled")
+        return True
+
     def expire(self) -> set[str]:
         late = [j for j in self.jobs.values() if j.state != "e" and j.deadline <= self.now]
         for job in sorted(late, key=lambda j: (j.deadline, j.rid)):
@@ -571,6 +588,7 @@ class Model:
         for rid, job in self.jobs.items():
             real = state.requests[rid]
             assert real["st"] == job.state
+            assert real["att"] == job.attempt
             assert real["own"] == (f"{job.epoch}:{job.owner}" if job.owner else "0:")
             assert int(real["ep"]) == job.epoch
             assert [int(real[name]) for name in ("pr", "hw")] == [job.progress, job.best]

@@ -84,6 +84,8 @@ class Machine(RuleBasedStateMachine):
         self.held: dict[str, dict[str, int]] = {"a": {}, "b": {}, "c": {}}
         self.told: list[tuple[str, str, int]] = []
         self.requests: dict[str, messages.Request] = {}
+        # Every request that was queued, and the attempt that did it.
+        self.attempts: list[tuple[str, str]] = []
         for engine in self.held:
             self.heartbeat(engine)
             self.control_connection(engine)
@@ -102,8 +104,14 @@ class Machine(RuleBasedStateMachine):
     # -- gateways --
 
     def _put(
-        self, request: messages.Request, cls: int, timeout_ms: int, had: list[str] | None = None
+        self,
+        request: messages.Request,
+        cls: int,
+        timeout_ms: int,
+        had: list[str] | None = None,
+        attempt: str = "",
     ) -> str:
+        attempt = attempt or secrets.token_hex(8)
         answer = self.do(
             self.store.enqueue(
                 request,
@@ -111,7 +119,7 @@ class Machine(RuleBasedStateMachine):
                 timeout_ms=timeout_ms,
                 grace_ms=1000,
                 keep_ms=600_000,
-                attempt=secrets.token_hex(8),
+                attempt=attempt,
                 queue_limit=QUEUE_LIMIT,
                 queue_bytes=10**6,
                 resumable=False,
@@ -128,12 +136,15 @@ class Machine(RuleBasedStateMachine):
             deadline=self.model.now + timeout_ms,
             grace=1000,
             prompt=len(request.prompt),
+            attempt=attempt,
             tokens=list(had or []),
         )
         before = len(self.model.waiting(cls))
         assert answer.outcome == self.model.enqueue(job, was_accepted=had is not None)
         if answer.outcome == "full":
             assert answer.waiting == before
+        if answer.outcome == "accepted":
+            self.attempts.append((request.rid, attempt))
         return answer.outcome
 
     @rule(
@@ -173,6 +184,22 @@ class Machine(RuleBasedStateMachine):
         assert outcome == (there.outcome if there else outcome)
         assert (outcome == "conflict") == (what != "same")
         assert there or outcome in ("accepted", "full")
+
+    @precondition(lambda self: self.attempts)
+    @rule(pick=picks)
+    def attempt_again(self, pick: int) -> None:
+        """A gateway that got no answer asks once more."""
+        rid, attempt = self.attempts[pick % len(self.attempts)]
+        self.time_passes(1, janitor=False)
+        self._put(self.requests[rid], 1, FOREVER_MS, attempt=attempt)
+
+    @precondition(lambda self: self.attempts)
+    @rule(pick=picks)
+    def refund(self, pick: int) -> None:
+        """A gateway takes back what it had no answer about, however late."""
+        rid, attempt = self.attempts[pick % len(self.attempts)]
+        taken_back = self.do(self.store.refund(rid, self.requests[rid].caller, attempt))
+        assert taken_back == self.model.refund(rid, attempt)
 
     @precondition(lambda self: self.requests)
     @rule(pick=picks, foreign=st.sampled_from([False, False, False, True]))
