@@ -35,12 +35,11 @@ test-vllm: env-dev ## run the engines' contract on vLLM, in an environment of it
 		tests/contract/test_vllm_engine.py -m vllm -W default --timeout 600 $(PYTEST_ARGS)
 
 docker-test: ## build the images, restart docker-compose.yml's services under streams (needs Docker)
-	@if docker info >/dev/null 2>&1 && $(or $(COMPOSE),docker compose) version >/dev/null 2>&1; then \
-		$(MAKE) --no-print-directory docker-test-run; \
-	else \
-		echo "SKIPPED: it needs a Docker engine with Compose, and \`docker info\` or \`docker compose version\` fails"; fi
+	@if docker info >/dev/null 2>&1; then $(MAKE) --no-print-directory docker-test-run; \
+		else echo "SKIPPED: it needs a Docker engine, and \`docker info\` finds none"; fi
 
 docker-test-run: env-dev
+	@$(or $(COMPOSE),docker compose) version
 	@$(PYTHON) -m realtime_serve.demo_model
 	@PYTHONPATH=.:tests $(PYTHON) tests/docker/stack.py
 

@@ -19,7 +19,7 @@ from gateway.sse import KEEP_ALIVE
 from shared import keys
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
-from shared.store import ENGINE_TTL_MS, Store, unavailable
+from shared.store import Store, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +228,8 @@ class Flows:
                 pipe.hmget(keys.request(flow.rid), ["st", "pr", "own", "mv"])
             pipe.time()
             *rows, (seconds, micros) = await pipe.execute()
-            heard_s = min(ENGINE_TTL_MS / 1000, self._settings.stream_idle_s / 2)
+            # Its lease is of its last step, which may have taken some time.
+            heard_s = self._settings.stream_idle_s / 2
             since = int((seconds + micros / 1e6 - heard_s) * 1000)
             versions = sorted({row[3] for row in rows if row[3]})
             for mv in versions:

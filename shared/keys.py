@@ -93,7 +93,10 @@ def log(rid: str) -> str:
 
 
 def leases(mv: str) -> str:
-    """Sorted set engine -> last progress (ms), of engines that own requests. take, emit, finish."""
+    """Sorted set engine -> last progress (ms), of engines that own requests.
+
+    take, emit, finish, release; read by gateways.
+    """
     return f"{PREFIX}leases:{mv}"
 
 

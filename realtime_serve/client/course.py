@@ -112,7 +112,7 @@ class Course:
                 return []
             pause_s = self._patience.pause_s(error)
             if pause_s is None:
-                error.request_id = error.request_id or self.transcript.request_id
+                error.request_id = self.transcript.request_id or error.request_id
                 self._failure = error
                 raise
         await asyncio.sleep(pause_s)

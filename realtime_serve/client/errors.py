@@ -114,6 +114,12 @@ _FINAL_CODES = frozenset({"engine_failed", "timeout", "queue_timeout", "stream_i
 _decoder = msgspec.json.Decoder(_Body)
 
 
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """Which request a response is about, or ""."""
+    # Gateways up to release 0.1 say it in X-Request-Id alone, which a proxy may have set.
+    return headers.get("X-Stream-Id") or headers.get("X-Request-Id", "")
+
+
 def of_response(status: int, headers: Mapping[str, str], body: bytes) -> APIError:
     """The error that a response with a status of 400 or more means."""
     try:
@@ -129,7 +135,7 @@ def of_response(status: int, headers: Mapping[str, str], body: bytes) -> APIErro
         code=code,
         status=status,
         param=problem.param,
-        request_id=headers.get("X-Request-Id", ""),
+        request_id=request_id_of(headers),
         retry_after_s=_retry_after_s(headers),
     )
 

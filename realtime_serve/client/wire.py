@@ -111,9 +111,7 @@ class Reply:
     def __init__(self, response: aiohttp.ClientResponse, failed: Callable[[], None]) -> None:
         self._response = response
         self._failed = failed
-        # Gateways up to release 0.1 say it in X-Request-Id alone, which a proxy may have set.
-        named = response.headers.get("X-Request-Id", "")
-        self.request_id = response.headers.get("X-Stream-Id", named)
+        self.request_id = errors.request_id_of(response.headers)
         self.is_stream = response.content_type == "text/event-stream"
 
     async def some(self) -> bytes:

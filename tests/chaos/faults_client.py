@@ -111,7 +111,7 @@ async def _post_all(urls: list[str], streams: list[Stream]) -> None:
                     session.post(f"{urls[0]}/infer_stream", json=body, headers=headers) as reply,
                 ):
                     if reply.status == 200:
-                        stream.rid = reply.headers["X-Request-Id"]
+                        stream.rid = reply.headers["X-Stream-Id"]
                         reply.close()
                         return
                     text = f"{reply.status} {await reply.text()}"

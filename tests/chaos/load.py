@@ -347,7 +347,7 @@ class Load:
             async with self._session.request(method, url, **fields) as reply:
                 if reply.status != 200:
                     self._refused(stream, reply, await reply.text(), time.monotonic() - asked)
-                stream.rid = stream.rid or reply.headers["X-Request-Id"]
+                stream.rid = stream.rid or reply.headers["X-Stream-Id"]
                 if stream.kind == "infer":
                     self._whole(stream, await reply.json())
                     return

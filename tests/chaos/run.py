@@ -110,7 +110,7 @@ def main() -> int:
     print(text)
     if given.update:
         RESULTS.write_text(updated(RESULTS.read_text(), table, given.rounds))
-    elif not given.only:
+    elif not (given.only or few):
         RESULTS.write_text(text)
     for name in blind:
         print(f"the negative control found nothing: {name}")

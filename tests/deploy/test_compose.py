@@ -75,8 +75,9 @@ def test_these_checks_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
     environment = {**SERVICES["gateway"]["environment"], "RTS_DRAIN_GRACE_S": "90"}
     monkeypatch.setitem(SERVICES, "gateway", {**SERVICES["gateway"], "environment": environment})
     assert len(rules.pod_ending_problems(_pod("gateway"))) == 1
-    environment |= {"RTS_MAX_BATCH_SIZE": "3", "RTS_HOST": ""}
-    assert rules.pod_setting_problems(_pod("gateway"))
+    environment["RTS_MAX_BATCH_SIZE"] = "3"
+    (found,) = rules.pod_setting_problems(_pod("gateway"))
+    assert "does not read RTS_MAX_BATCH_SIZE" in found
     environment["RTS_NO_SUCH"] = "1"
     assert any("RTS_NO_SUCH" in what for what in rules.pod_setting_problems(_pod("gateway")))
 

@@ -77,6 +77,16 @@ class Front:
     async def is_served(self) -> bool:
         return await self.ask() == 200
 
+    async def both_serve(self) -> None:
+        """Until the balancer sends streams to both."""
+        async with asyncio.timeout(20):
+            while True:
+                await until(self.is_idle)
+                async with opened(self.url, 2):
+                    if self.count("rts_streams") == [1, 1]:
+                        break
+        await until(self.is_idle)
+
 
 @pytest.fixture(params=BALANCERS, scope="module")
 def front(
@@ -133,22 +143,20 @@ async def test_what_a_full_gateway_refuses_another_one_takes(front: Front) -> No
 
 
 async def test_a_dead_gateway_costs_no_request_that_has_not_begun(front: Front) -> None:
-    await until(front.is_idle)
     for _ in range(3):
         victim = await front.start_second()
-        # Longer than haproxy takes to see that it is there.
-        await asyncio.sleep(1)
+        await front.both_serve()
         victim.kill()
         assert {await front.ask() for _ in range(10)} == {200}
 
 
 async def test_who_leaves_gets_nothing_new_from_who_asks(front: Front) -> None:
     leaving = await front.start_second()
-    await until(front.is_idle)
-    await asyncio.sleep(1)
+    await front.both_serve()
     leaving.signal(signal.SIGTERM)
+    await until(lambda: front.cluster.get("/readyz", front.port)[0] == 503)
     # Longer than haproxy takes to ask twice; the delay is much longer.
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(2)
     async with opened(front.url, 6) as count:
         assert count == 6
         # nginx does not ask: it goes on until it is refused, and then elsewhere.

@@ -401,6 +401,15 @@ async def test_ctrl_c_before_an_answer_cancels_the_request() -> None:
     assert seen == ["POST /infer_stream", "DELETE /requests/r"]
 
 
+async def test_an_error_names_the_stream_and_not_the_attempt_to_resume_it() -> None:
+    busy = refusal(503, "queue_full", X_Request_Id="f" * 32)
+    async with play(stream(tokens(1, 2)), *[busy] * 50, patience_s=0.3) as (client, _):
+        text, error = await read(client.stream("x", model="m"))
+    assert text == "12"
+    assert isinstance(error, ServerError)
+    assert error.request_id == "r"
+
+
 async def test_ctrl_c_when_tokens_have_come_loses_none_of_them() -> None:
     def use(url: str) -> list[str]:
         with Client(url) as client, client.stream("x", model="m") as stream:
