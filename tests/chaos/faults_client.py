@@ -88,10 +88,9 @@ async def storm(stage: Stage) -> None:
             if reasons.get(stream.rid) not in ("cancelled", "length"):
                 stream.wrong.append(f"cancelled, and ended as {reasons.get(stream.rid)}")
             await stage.ledger.check_log(stream)
-        for caller, streams in itertools.groupby(
-            sorted(doomed + spared, key=lambda s: s.caller), key=lambda s: s.caller
-        ):
-            await stage.ledger.check_budget(caller, list(streams))
+        everybody = doomed + spared
+        for caller in {stream.caller for stream in everybody}:
+            await stage.ledger.check_budget(caller, [s for s in everybody if s.caller == caller])
 
 
 async def _post_all(urls: list[str], streams: list[Stream]) -> None:
