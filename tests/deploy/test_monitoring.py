@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster, free_port
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from required import needs
 
 from realtime_serve import Client
@@ -25,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/rules.yml"
 K8S_RULES = ROOT / "deploy/k8s/components/monitoring/rules.yaml"
 SCALED_OBJECT = ROOT / "deploy/k8s/components/worker-autoscaling/scaled-object.yaml"
-DASHBOARD = ROOT / "deploy/grafana/provisioning/dashboards/realtime-ai-serve.json"
+PROVISIONING = ROOT / "deploy/grafana/provisioning"
+DASHBOARD = PROVISIONING / "dashboards/realtime-ai-serve.json"
 
 
 def _queries() -> list[str]:
@@ -175,6 +179,46 @@ def test_the_dashboard_has_what_operators_look_for() -> None:
         *("finished_reason", "rts_rate_limited_total", "priority"),
     ):
         assert wanted in queries
+
+
+def _unknown(written: Any, read: Any, path: str = "") -> list[str]:
+    """Where something was written that is gone when Grafana's own types have read it."""
+    if isinstance(written, dict):
+        gone = [f"{path}.{key}" for key in written if key not in read]
+        return gone + [
+            what
+            for key in written.keys() & read.keys()
+            for what in _unknown(written[key], read[key], f"{path}.{key}")
+        ]
+    if isinstance(written, list):
+        pairs = enumerate(zip(written, read, strict=True))
+        return [what for i, (a, b) in pairs for what in _unknown(a, b, f"{path}[{i}]")]
+    return [] if written == read else [path]
+
+
+def _as_grafana_reads(board: Any) -> Any:
+    register_default_plugins()
+    return json.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+
+
+def test_the_dashboard_has_only_what_grafana_knows() -> None:
+    board = json.loads(DASHBOARD.read_text())
+    assert _unknown(board, _as_grafana_reads(board)) == []
+    panel = board["panels"][0]
+    panel["options"]["legendd"] = panel["targets"][0]["exprr"] = board["no_such"] = 1
+    panel["fieldConfig"]["defaults"]["custom"] = {"no_such": 1}
+    assert len(_unknown(board, _as_grafana_reads(board))) == 4
+
+
+def test_the_dashboard_asks_the_source_that_is_provisioned() -> None:
+    (source,) = yaml.safe_load((PROVISIONING / "datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    board = json.loads(DASHBOARD.read_text())
+    asked = [*board["templating"]["list"], *board["panels"]]
+    asked += [target for panel in board["panels"] for target in panel["targets"]]
+    wanted = {"type": source["type"], "uid": source["uid"]}
+    assert all(each["datasource"] == wanted for each in asked)
 
 
 @pytest.mark.e2e

@@ -12,6 +12,7 @@ packages).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from cluster import free_port
 from gateway_site import letters
-from openai import InternalServerError, OpenAI
+from openai import APIConnectionError, APITimeoutError, InternalServerError, OpenAI
 
 from realtime_serve import Client
 from shared.settings import DEMO_MODEL, Settings
@@ -258,6 +259,7 @@ class Load:
 
     Attributes:
         complete, broken: by kind. refused: requests that were told to come again, and did.
+        unheard: those of which nothing was answered, not even a status; they came again, too.
         what: of the broken ones.
     """
 
@@ -267,7 +269,7 @@ class Load:
         self._pool = ThreadPoolExecutor(STREAMS)
         self.complete: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
-        self.refused = 0
+        self.refused = self.unheard = 0
         self.what: list[str] = []
         self._tasks: list[Future[None]] = [
             self._pool.submit(self._lane, i, "plain" if i % 2 else "resumable")
@@ -313,6 +315,12 @@ class Load:
                     raise
                 self.refused += 1
                 time.sleep(float(error.response.headers["retry-after"]))
+            except APITimeoutError:
+                raise
+            except APIConnectionError:
+                # Not even the head of an answer, as while haproxy restarts.
+                self.unheard += 1
+                time.sleep(0.5)
         choices = [choice for chunk in stream for choice in chunk.choices]
         return "".join(choice.text for choice in choices), choices[-1].finish_reason
 
@@ -331,7 +339,9 @@ class Load:
         done = [
             f"{kind}: {self.complete[kind]} complete, {self.broken[kind]} broken" for kind in KINDS
         ]
-        return f"{'; '.join(done)}; {self.refused} refused and asked again"
+        return (
+            f"{'; '.join(done)}; {self.refused} refused and {self.unheard} unheard, and asked again"
+        )
 
 
 KINDS = ("plain", "resumable")
@@ -341,18 +351,22 @@ def restart_everything(stack: Stack) -> bool:
     """Every service in turn, under load; whether no stream broke."""
     load = Load(stack.url)
     time.sleep(PAUSE_S)
-    for service, how in (
-        ("control", stack.restart),
-        ("worker", stack.replace),
-        ("gateway", stack.replace),
-        ("redis", stack.restart),
-        ("haproxy", stack.reload),
-        ("prometheus", stack.restart),
-    ):
+
+    def by(how: Callable[[str], None], service: str) -> None:
         began = time.monotonic()
         how(service)
         print(f"{how.__name__} {service}: {time.monotonic() - began:.1f} s", flush=True)
         time.sleep(PAUSE_S)
+
+    by(stack.restart, "control")
+    by(stack.replace, "worker")
+    by(stack.replace, "gateway")
+    by(stack.restart, "redis")
+    by(stack.restart, "prometheus")
+    by(stack.reload, "haproxy")
+    unheard = load.unheard
+    # The only door: nothing comes in until it is open again, but what is inside ends.
+    by(stack.restart, "haproxy")
     load.stop()
     print(load.told())
     for line in load.what[:10]:
@@ -366,7 +380,10 @@ def restart_everything(stack: Stack) -> bool:
         )
     }
     print(", ".join(f"{count} {what}" for what, count in moved.items()))
-    whole = all(load.complete[kind] for kind in KINDS) and not load.broken.total()
+    if unheard:
+        print(f"{unheard} unheard while haproxy was there")
+    broken = load.broken.total() + unheard
+    whole = all(load.complete[kind] for kind in KINDS) and not broken
     return whole and all(moved.values())
 
 
@@ -424,6 +441,8 @@ def main() -> int:
     if not DEMO.is_dir():
         # Docker would make it, and who fetches it would take that for the model.
         raise SystemExit(f"no model at {DEMO}: python -m realtime_serve.demo_model")
+    # A hundred clients that try again would say so in thousands of lines.
+    logging.getLogger("realtime_serve.client").setLevel(logging.ERROR)
     stack = Stack(build())
     with stack.running():
         time.sleep(PAUSE_S)

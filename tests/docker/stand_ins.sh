@@ -48,7 +48,7 @@ recipe() {
             echo 'CMD ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]'
             ;;
         prom/prometheus:*)
-            echo "RUN $install prometheus && install -d -o prometheus -g prometheus /prometheus"
+            echo "RUN $install prometheus wget && install -d -o prometheus -g prometheus /prometheus"
             echo "USER prometheus"
             echo "WORKDIR /prometheus"
             echo "VOLUME /prometheus"
@@ -69,7 +69,6 @@ for image in "$@"; do
     fi
     name=stand-in-$image
     echo "$name"
-    docker image inspect "$name" >/dev/null 2>&1 && continue
     debian
     {
         echo "FROM stand-in-debian:bookworm"
