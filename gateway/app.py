@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 
@@ -14,6 +15,7 @@ from gateway import middleware, openapi, routes_infer, routes_openai, routes_req
 from gateway.edge import EDGE, Edge
 from gateway.flows import HANDOVER
 from gateway.hub import Hub
+from gateway.open_files import make_room
 from gateway.protocol import Runner
 from shared.settings import Settings
 from shared.store import Store, connect
@@ -31,7 +33,13 @@ _HURRY_LOOK_S = 0.1
 
 def main(settings: Settings) -> int:
     """Runs a gateway until SIGTERM or SIGINT; the exit status."""
-    return uvloop.run(_run(settings))
+    wanted, room = settings.max_connections, make_room(settings.max_connections)
+    if room < wanted:
+        log.warning(
+            "too few open files are allowed (ulimit -n) for RTS_MAX_CONNECTIONS",
+            extra={"max_connections": wanted, "in_force": room},
+        )
+    return uvloop.run(_run(dataclasses.replace(settings, max_connections=room)))
 
 
 def create_app(

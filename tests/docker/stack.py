@@ -152,7 +152,9 @@ class Stack:
     def reload(self, service: str) -> None:
         """New processes take over; the old ones serve what they have to its end."""
         for container in self.containers(service):
+            before = _processes(container)
             docker("kill", "--signal", "HUP", container)
+            until(lambda c=container, old=before: bool(_processes(c) - old))
 
     def crashed(self) -> list[str]:
         """Services of which a container ended by itself, and was started again."""
@@ -200,6 +202,10 @@ def docker(*words: str) -> str:
     if done.returncode:
         raise SystemExit(f"docker {shlex.join(words)}\n{done.stdout}{done.stderr}")
     return done.stdout.strip()
+
+
+def _processes(container: str) -> set[str]:
+    return set(docker("top", container, "-eo", "pid").split())
 
 
 def _wait_until_healthy(container: str) -> None:
@@ -329,7 +335,11 @@ class Load:
         text = "".join(token.text for token in stream)
         return text, stream.answer.finish_reason
 
-    def stop(self) -> None:
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets what is under way end."""
         self._end.set()
         for task in self._tasks:
             task.result(120)
@@ -349,8 +359,6 @@ KINDS = ("plain", "resumable")
 
 def restart_everything(stack: Stack) -> bool:
     """Every service in turn, under load; whether no stream broke."""
-    load = Load(stack.url)
-    time.sleep(PAUSE_S)
 
     def by(how: Callable[[str], None], service: str) -> None:
         began = time.monotonic()
@@ -358,16 +366,18 @@ def restart_everything(stack: Stack) -> bool:
         print(f"{how.__name__} {service}: {time.monotonic() - began:.1f} s", flush=True)
         time.sleep(PAUSE_S)
 
-    by(stack.restart, "control")
-    by(stack.replace, "worker")
-    by(stack.replace, "gateway")
-    by(stack.restart, "redis")
-    by(stack.restart, "prometheus")
-    by(stack.reload, "haproxy")
-    unheard = load.unheard
-    # The only door: nothing comes in until it is open again, but what is inside ends.
-    by(stack.restart, "haproxy")
-    load.stop()
+    with Load(stack.url) as load:
+        time.sleep(PAUSE_S)
+        by(stack.restart, "control")
+        by(stack.replace, "worker")
+        by(stack.replace, "gateway")
+        by(stack.restart, "redis")
+        by(stack.restart, "prometheus")
+        by(stack.reload, "haproxy")
+        unheard = load.unheard
+        # The only door: nothing comes in until it is open again, but what is inside ends.
+        by(stack.restart, "haproxy")
+        before = load.complete.copy()
     print(load.told())
     for line in load.what[:10]:
         print(f"  {line}")
@@ -383,17 +393,16 @@ def restart_everything(stack: Stack) -> bool:
     if unheard:
         print(f"{unheard} unheard while haproxy was there")
     broken = load.broken.total() + unheard
-    whole = all(load.complete[kind] for kind in KINDS) and not broken
+    whole = all(load.complete[kind] > before[kind] for kind in KINDS) and not broken
     return whole and all(moved.values())
 
 
 def kill_a_gateway(stack: Stack) -> bool:
     """The control: what must break breaks and is seen, and what must survive does."""
-    load = Load(stack.url)
-    time.sleep(PAUSE_S)
-    docker("kill", "--signal", "KILL", stack.containers("gateway")[0])
-    time.sleep(PAUSE_S)
-    load.stop()
+    with Load(stack.url) as load:
+        time.sleep(PAUSE_S)
+        docker("kill", "--signal", "KILL", stack.containers("gateway")[0])
+        time.sleep(PAUSE_S)
     print(f"a gateway killed: {load.told()}")
     return load.broken["plain"] > 0 and not load.broken["resumable"]
 
