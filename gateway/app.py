@@ -128,7 +128,7 @@ class Server:
         while True:
             # Each time: what was about to be accepted when it began opens a moment later.
             for flow in edge.flows:
-                if flow.kept and flow.response is not None:
+                if flow.moves and flow.response is not None:
                     flow.stop(HANDOVER)
             left_s = ends_at - asyncio.get_running_loop().time()
             if left_s <= 0 or hurry.is_set():

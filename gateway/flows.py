@@ -16,13 +16,14 @@ from aiohttp import web
 from gateway.hub import Hub, Subscription
 from gateway.protocol import Protocol
 from gateway.sse import KEEP_ALIVE
-from shared import keys
+from shared import keys, messages
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
 from shared.store import Store, unavailable
 
 log = logging.getLogger(__name__)
 
+_WAITS = str(messages.WAITS).encode()
 HANDOVER = "handover"
 """Verdict on a resumable stream when the gateway drains: its client goes on elsewhere."""
 
@@ -31,7 +32,7 @@ class Flow:
     """One client that waits for one request's tokens, streaming or not.
 
     Attributes:
-        kept: the request outlives this connection.
+        moves: its client has said that it goes on elsewhere where it is cut off.
         request: the client's. response: where events go; None before it opened, and for a reply
             in one piece.
         heard_at: time of the last entry. wrote_at: of the last bytes sent.
@@ -49,7 +50,7 @@ class Flow:
         caller: str,
         subscription: Subscription,
         *,
-        kept: bool,
+        moves: bool,
         queue_status: bool,
         now: float,
     ) -> None:
@@ -57,7 +58,7 @@ class Flow:
         self.rid = rid
         self.caller = caller
         self.subscription = subscription
-        self.kept = kept
+        self.moves = moves
         self.response: web.StreamResponse | None = None
         self.heard_at = now
         self.wrote_at = now
@@ -133,13 +134,13 @@ class Flows:
         caller: str,
         subscription: Subscription,
         *,
-        kept: bool,
+        moves: bool,
         queue_status: bool,
     ) -> Flow:
         """A new flow, run by the current task."""
         now = asyncio.get_running_loop().time()
         flow = Flow(
-            request, rid, caller, subscription, kept=kept, queue_status=queue_status, now=now
+            request, rid, caller, subscription, moves=moves, queue_status=queue_status, now=now
         )
         self._flows.add(flow)
         return flow
@@ -205,8 +206,9 @@ class Flows:
     async def _end_idle(self, flows: list[Flow], now: float) -> None:
         """Stops flows of which a live engine gives nothing.
 
-        Elsewhere there is nothing to be heard: in the queue, while Redis is away or refuses what
-        engines write, and until another engine has what a dead one left.
+        Elsewhere there is nothing to be heard: in the queue, while its engine has no room for it,
+        while Redis is away or refuses what engines write, and until another engine has what a dead
+        one left.
         """
         try:
             async with unavailable():
@@ -215,7 +217,7 @@ class Flows:
             rows, live = [(None,) * 4] * len(flows), {}
         for flow, (state, progress, owner, mv) in zip(flows, rows, strict=True):
             is_owned = state == b"r" and owner.split(b":", 1)[1] in live[mv]
-            if not is_owned or progress != (flow.progress or progress):
+            if not is_owned or progress == _WAITS or progress != (flow.progress or progress):
                 flow.heard_at = now
             elif now - flow.heard_at >= self._settings.stream_idle_s:
                 flow.stop("stream_idle")

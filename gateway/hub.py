@@ -92,6 +92,11 @@ class Subscription:
         self.heard_at = self._loop.time()
         self._wake()
 
+    def forget(self) -> None:
+        """What came so far may be of an earlier run of this id: the log has this one's."""
+        self._live.clear()
+        self.resync()
+
     def resync(self) -> None:
         """Something may have been missed: read the log before going on."""
         self._stale = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import hiredis
 from redis.asyncio.connection import parse_url
@@ -25,6 +25,7 @@ PING_S = 0.25
 """How often the connection is asked for a sign of life."""
 PONG_S = 0.5
 """A connection that has been silent this long after a ping is half-open: it is dropped."""
+_FIRST_PAUSE_S = 0.05
 _UNHEARD = int(PONG_S / PING_S)
 """Pings without any sign of life after which that is so."""
 
@@ -79,6 +80,7 @@ class PubSubConnection:
         self._transport: asyncio.Transport | None = None
         self._protocol: _Protocol | None = None
         self._address: Address | None = None
+        self._answered = False
         self._tls = parse_tls(url)
         self._sentinels: Sentinels | None = None
         if is_sentinel(url):
@@ -99,21 +101,23 @@ class PubSubConnection:
 
     async def run(self) -> None:
         """Connects and watches, for ever."""
-        pause = 0.05
+        pause = _FIRST_PAUSE_S
         try:
             while True:
+                self._answered = False
                 try:
                     await self._connected()
-                    pause = 0.05
                 except (OSError, RedisError) as error:
                     log.warning("pub/sub connection failed", extra={"error": str(error)})
+                if self._answered:
+                    pause = _FIRST_PAUSE_S
                 await asyncio.sleep(pause)
                 pause = min(1.0, pause * 2)
         finally:
             if self._sentinels is not None:
                 await self._sentinels.close()
 
-    async def _connected(self) -> None:
+    async def _connected(self) -> NoReturn:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(PONG_S * 4):
             transport, protocol = await self._open(loop)
@@ -130,6 +134,7 @@ class PubSubConnection:
                 if done:
                     raise ConnectionError(str(protocol.lost.result() or "closed by the server"))
                 if protocol.heard:
+                    self._answered = True
                     unheard = 0
                 elif loop.time() - asked_at < 2 * PING_S:
                     unheard += 1

@@ -34,6 +34,7 @@ class Listening:
     Attributes:
         after: number of the last token it has; None: it has not even seen the beginning.
         kept: the request goes on when this client leaves.
+        moves: this client has said that it goes on elsewhere where it is cut off.
         started: when the client asked, in the event loop's time.
         meter: None: this request is measured elsewhere.
         is_shared: several readers, on several gateways, may come to see its end.
@@ -45,6 +46,7 @@ class Listening:
     caller: str
     subscription: Subscription
     kept: bool
+    moves: bool
     after: int | None
     started: float
     meter: Meter | None
@@ -75,7 +77,7 @@ class Relay:
             listening.subject.rid,
             listening.caller,
             listening.subscription,
-            kept=listening.kept,
+            moves=listening.moves,
             queue_status=listening.queue_status,
         )
 

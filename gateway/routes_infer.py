@@ -62,6 +62,7 @@ async def generate(request: web.Request, order: Order) -> web.StreamResponse:
         caller=caller,
         subscription=ticket.subscription,
         kept=ticket.kept,
+        moves=terms.grace_s is not None,
         after=None,
         started=trail.started,
         meter=meter,

@@ -75,6 +75,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
         caller=caller,
         subscription=subscription,
         kept=True,
+        moves=True,
         after=after,
         started=trail.started,
         meter=meter,

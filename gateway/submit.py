@@ -179,6 +179,8 @@ class _Admission:
                 subscription.resync()
                 edge.send(edge.store.heard(rid))
             else:
+                if self._sender.terms.idempotency_key is not None:
+                    subscription.forget()
                 # Not of what was attached to: that may be another version's, and has its deadline.
                 subscription.recovery = self._recovery()
             view = answer.view or self._request.view(resumable=self._kept)

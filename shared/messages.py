@@ -16,6 +16,8 @@ import msgspec
 from shared.errors import DecodeError
 
 VERSION = 1
+WAITS = -1
+"""In place of a number of rows that an engine has computed: it gave them up, and waits for room."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):

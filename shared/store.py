@@ -108,7 +108,7 @@ class Emission:
 
     Attributes:
         first: number of the first token. last: of the last; first - 1 when there is none.
-        tokens: encoded messages.Tokens or b"". progress: rows computed so far.
+        tokens: encoded messages.Tokens or b"". progress: rows computed so far, or WAITS.
         reason: b"" or how it ended, then with `end`, an encoded messages.End.
     """
 

@@ -81,7 +81,8 @@ class FakeWorker:
 
     Attributes:
         step_s: time of a step. room: most requests at once; 0: it takes nothing.
-        frozen: it lives, holds what it has and gives nothing of it. burst: letters a step.
+        frozen: it lives, holds what it has and gives nothing of it. preempts: it says
+            that it has no room for it. burst: letters a step.
         beating: it sends heartbeats, which open its version.
         finish: how a request ends that has all its letters.
         end: (reason, code, message) to end requests with instead of letters.
@@ -96,7 +97,7 @@ class FakeWorker:
         self.step_s = 0.001
         self.room = 64
         self.burst = 1
-        self.frozen = False
+        self.frozen = self.preempts = False
         self.beating = True
         self.finish = "length"
         self.end: tuple[str, str, str] | None = None
@@ -124,6 +125,12 @@ class FakeWorker:
             return
         given = {} if self.frozen else self.running
         step = [self._emission(rid, state) for rid, state in given.items()]
+        if self.preempts:
+            # As an engine that has no room for what it has begun.
+            step = [
+                Emission(rid, state.epoch, state.seq + 1, state.seq, b"", messages.WAITS)
+                for rid, state in self.running.items()
+            ]
         _, answers = await self.store.emit(self.mv, self.engine, step)
         for emission, answer in zip(step, answers, strict=True):
             if answer.outcome == "gap":

@@ -186,6 +186,22 @@ async def test_a_killed_connection_comes_back_and_refills(hub: Hub, store: Store
     await clean(store)
 
 
+async def test_a_connection_that_is_killed_again_and_again_comes_back_at_once(
+    hub: Hub, store: Store
+) -> None:
+    reader = await hub.subscribe(RID)
+    for _ in range(6):
+        # So long that it has answered.
+        await asyncio.sleep(0.3)
+        await store.client.client_kill_filter(_type="pubsub")
+        await until(lambda: not hub.healthy)
+        killed = asyncio.get_running_loop().time()
+        await until(lambda: hub.healthy)
+        # The sixth pause of those that double would be a second.
+        assert asyncio.get_running_loop().time() - killed < 0.4
+    reader.close()
+
+
 @pytest.fixture
 async def watchful(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """Compares silent streams with their logs twenty times a second."""

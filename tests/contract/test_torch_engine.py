@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from shared.messages import WAITS  # noqa: E402
 from tests.contract.models import FAMILIES, VOCAB, expected, loaded, tiny_model  # noqa: E402
 from worker.engine import (  # noqa: E402
     EngineError,
@@ -171,10 +172,16 @@ def test_a_preempted_sequence_finds_what_it_had_computed() -> None:
     engine.add(EngineRequest("low", low, greedy(20), priority=2))
     tokens = {"low": [token for output in engine.step() for token in output.tokens], "high": []}
     engine.add(EngineRequest("high", high, greedy(20), priority=0))
+    waited = 0
     while outputs := engine.step():
         for output in outputs:
             tokens[output.rid] += output.tokens
+            if output.prefilled == WAITS:
+                assert (output.rid, output.tokens, output.finish) == ("low", [], None)
+                waited += 1
         engine.check_integrity()
+    # In every step of the other one.
+    assert waited == 20
     stats = engine.stats()
     assert (stats.preemptions, stats.prefix_hits) == (1, 0)
     assert stats.prompt_tokens == 160 + 80 % BLOCK_SIZE

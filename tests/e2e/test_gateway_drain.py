@@ -40,6 +40,8 @@ async def test_not_ready_comes_before_refusing(
     gateway, port, url = await _gateway(cluster, drain_delay_s=1.5, drain_grace_s=20)
     plain = await http.post(f"{url}/infer_stream", json=LONG)
     kept = await http.post(f"{url}/infer_stream", json=LONG, headers={"X-Resumable": "30"})
+    # Its request outlives it, and its client has not said that it would look for it elsewhere.
+    keyed = await http.post(f"{url}/infer_stream", json=LONG, headers={"Idempotency-Key": "k"})
     async with http.post(f"{url}/infer", json={**BODY, "max_tokens": 2}) as reply:
         assert "Connection" not in reply.headers
     gateway.signal(15)
@@ -64,9 +66,10 @@ async def test_not_ready_comes_before_refusing(
     events = read_events(await kept.text())
     assert 0 < len(events) < 400
     assert all("text" in event.data for event in events)
-    events = read_events(await plain.text())
-    assert "".join(event.data["text"] for event in events[:-2]) == letters(3, 400)
-    assert events[-1].data == "[DONE]"
+    for whole in (plain, keyed):
+        events = read_events(await whole.text())
+        assert "".join(event.data["text"] for event in events[:-2]) == letters(3, 400)
+        assert events[-1].data == "[DONE]"
     assert await asyncio.to_thread(gateway.popen.wait, 10) == 0
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from gateway_site import Event, Site, letters, open_site, read_events, until
 
-from shared import keys
+from shared import keys, messages
+from shared.store import Enqueued
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 40, "seed": 5}
 CHAT = {
@@ -263,6 +264,24 @@ async def test_a_repeated_key_whose_tokens_are_gone_runs_again(site: Site) -> No
         _, two, _ = await site.post("/infer", BODY, key)
     assert two["text"] == one["text"]
     assert len(site.worker.seen) == 2
+
+
+async def test_tokens_of_an_attempt_that_is_taken_back_are_not_mixed_in(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach, store = site.edge.store.attach, site.edge.store
+
+    async def attach_late(request: messages.Request, *, strict: bool) -> Enqueued | None:
+        # Of the run of an attempt whose gateway heard no answer, and takes it back now.
+        token = messages.Tokens(messages.VERSION, 1, [messages.Token(0, 1, "!")])
+        frame = b"1-0 " + messages.encode(token)
+        await store.client.publish(keys.log(request.rid), frame)
+        await asyncio.sleep(0.05)
+        return await attach(request, strict=strict)
+
+    monkeypatch.setattr(store, "attach", attach_late)
+    _, events, _ = await site.post("/infer_stream", BODY, {"Idempotency-Key": "k"})
+    assert text_of(events) == letters(5, 40)
 
 
 async def test_a_key_belongs_to_its_caller_and_its_request(site: Site) -> None:

@@ -234,6 +234,19 @@ async def test_a_resumable_stream_that_idles_is_cancelled_too(redis_url: str) ->
         await until(lambda: _idle(site))
 
 
+async def test_a_stream_that_waits_for_room_in_its_engine_is_not_idle(redis_url: str) -> None:
+    async with open_site(redis_url, stream_idle_s=0.4) as site:
+        site.worker.step_s = 0.01
+        post = asyncio.create_task(site.post("/infer_stream", {**BODY, "max_tokens": 50}))
+        await until(lambda: [r for r in site.worker.running.values() if r.seq > 3])
+        site.worker.preempts = True
+        await asyncio.sleep(1.5)
+        assert not post.done()
+        site.worker.preempts = False
+        _, events, _ = await post
+        assert "".join(event.data["text"] for event in events[:-2]) == letters(5, 50)
+
+
 async def test_a_stream_that_waits_for_another_engine_is_not_idle(redis_url: str) -> None:
     async with open_site(redis_url, stream_idle_s=0.4) as site:
         site.worker.step_s = 0.01

@@ -87,7 +87,8 @@ class StepOutput:
             that ended the sequence (end-of-sequence or a stop id) is included as the last one.
         prefilled: rows of prompt + generated in the KV cache: progress before the first token.
             The last of them was computed in this step, also where the others were in the cache
-            already: what counts as progress is a step that the engine survived.
+            already: what counts as progress is a step that the engine survived. WAITS
+            (shared.messages): it gave them up, and waits for room to compute them again.
         finish: None while the sequence goes on. "stop": an end id; "length": max_tokens or the
             context length was reached; "error": this sequence failed (others go on).
         error: a sentence, only with finish == "error".

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from shared.messages import WAITS
 from worker.engine import EngineError, EngineOptions, ModelFiles
 from worker.engine.backend import Backend, Batch
 from worker.engine.backends import OtherDtype, make_backend, open_model
@@ -276,6 +277,8 @@ class TorchEngine:
         outputs = list(self._ended.values())
         self._ended.clear()
         works = self._scheduler.schedule()
+        # Whoever watches a stream must not take this for an engine that has forgotten it.
+        outputs += [StepOutput(rid, [], WAITS) for rid in self._scheduler.displaced()]
         if not works:
             return outputs
         self._stats.steps += 1
