@@ -22,9 +22,9 @@ local function int(x)
   return string.format('%.0f', x)
 end
 
--- Whether everybody had the time of two leases to come back since this server started, or took the place
--- of another. A promoted replica has been up for long, so a server is known by its run.
-local function settled(lease, now)
+-- When this server started, or took the place of another. A promoted replica has been up for long, so a
+-- server is known by its run.
+local function server_since(now)
   local info = redis.call('INFO', 'server')
   local run = string.match(info, 'run_id:(%w+)')
   local known = redis.call('HMGET', 'rts:server', 'run', 'since')
@@ -35,7 +35,20 @@ local function settled(lease, now)
     since = known[1] and now or now - tonumber(string.match(info, 'uptime_in_seconds:(%d+)')) * 1000
     redis.call('HSET', 'rts:server', 'run', run, 'since', int(since))
   end
-  return now - since >= 2 * lease
+  return since
+end
+
+-- Whether a silence that began at `unheard` has outlasted the grace time. Nobody can have listened to a server
+-- that was not there: one that came since begins it anew.
+local function outlasts(key, unheard, grace, now)
+  if now - unheard <= grace then
+    return false
+  end
+  if server_since(now) > unheard then
+    redis.call('HSET', key, 'unheard', int(now))
+    return false
+  end
+  return true
 end
 
 local function is_heard(rid)

@@ -1,6 +1,6 @@
 #!lua
 -- Appends one step's tokens of all sequences of an engine to their logs and publishes them.
--- Keys: rts:r:<rid> rts:l:<rid> rts:leases:<mv> rts:owns:<mv> rts:count:<queue> rts:due, and those of finish()
+-- Keys: rts:r:<rid> rts:l:<rid> rts:leases:<mv> rts:owns:<mv> rts:count:<queue> rts:due rts:server, and those of finish()
 -- ARGV: 1 mv, 2 engine, 3 a MessagePack array of 8 strings for each sequence: rid, epoch, seq before its first token,
 --       seq of its last (the same: no tokens), messages.Tokens, progress (rows computed), end reason or '',
 --       messages.End or ''. One argument, because each costs server and engine more than all that is in it.
@@ -38,7 +38,7 @@ local function is_abandoned(key, before, last)
     return false
   end
   redis.call('HSET', key, 'quiet', last)
-  return now - tonumber(u[1]) > tonumber(u[3])
+  return outlasts(key, tonumber(u[1]), tonumber(u[3]), now)
 end
 
 -- Per token this runs once: numbers that only have to be equal stay strings, a token costs one field, and what

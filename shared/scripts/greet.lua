@@ -4,5 +4,5 @@
 -- Keys: rts:server
 -- ARGV: none
 -- Returns 1.
-settled(0, now_ms())
+server_since(now_ms())
 return 1

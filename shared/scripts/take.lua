@@ -109,8 +109,9 @@ if room > 0 then
       dead[#dead + 1] = other
     elseif other ~= engine and age > doubt then
       if sure == nil then
-        -- Just after a restart or a failover every lease is old and nobody has reconnected yet.
-        sure = settled(lease, now)
+        -- Just after a restart or a failover every lease is old and nobody has reconnected yet: everybody gets
+        -- the time of two leases to come back.
+        sure = now - server_since(now) >= 2 * lease
       end
       if sure and (age > lease or redis.call('PUBSUB', 'NUMSUB', 'rts:w:' .. other)[2] == 0) then
         dead[#dead + 1] = other
@@ -252,7 +253,7 @@ local function is_abandoned(rid, v)
     redis.call('HSET', 'rts:r:' .. rid, 'unheard', int(now), 'quiet', v.seq)
     return false
   end
-  return now - v.unheard > v.grace
+  return outlasts('rts:r:' .. rid, v.unheard, v.grace, now)
 end
 
 local function take_waiting(class)

@@ -481,7 +481,17 @@ class Model:
             job.unheard = None
         elif job.unheard is None:
             job.unheard, job.quiet = self.now, len(job.tokens)
-        return job.unheard is not None and self.now - job.unheard > job.grace
+        return self._outlasts(job)
+
+    def _outlasts(self, job: Job) -> bool:
+        """Whether nobody has listened to this server for longer than the grace time."""
+        if job.unheard is None or self.now - job.unheard <= job.grace:
+            return False
+        self.greet()
+        if self.since > job.unheard:
+            job.unheard = self.now
+            return False
+        return True
 
     def leave(self, rid: str, caller: str) -> bool:
         job = self.jobs[rid]
@@ -523,7 +533,7 @@ class Model:
             if rid not in self.listened:
                 if job.unheard is None or job.quiet != seq:
                     job.unheard = self.now
-                elif self.now - job.unheard > job.grace:
+                elif self._outlasts(job):
                     ended = "abandoned"
                 job.quiet = last
         if reason:

@@ -190,15 +190,17 @@ async def test_a_connection_that_is_killed_again_and_again_comes_back_at_once(
     hub: Hub, store: Store
 ) -> None:
     reader = await hub.subscribe(RID)
-    for _ in range(6):
+    gone_s = []
+    for _ in range(7):
         # So long that it has answered.
         await asyncio.sleep(0.3)
         await store.client.client_kill_filter(_type="pubsub")
         await until(lambda: not hub.healthy)
         killed = asyncio.get_running_loop().time()
         await until(lambda: hub.healthy)
-        # The sixth pause of those that double would be a second.
-        assert asyncio.get_running_loop().time() - killed < 0.4
+        gone_s.append(asyncio.get_running_loop().time() - killed)
+    # Pauses that double would be 0.8 s and more by then.
+    assert min(gone_s[-3:]) < 0.4
     reader.close()
 
 

@@ -935,6 +935,26 @@ async def test_a_listener_who_comes_back_starts_the_grace_time_anew(
     assert await emit(store, emission("r1", first=5)) == [Emitted("ended", reason="abandoned")]
 
 
+async def test_to_a_server_that_was_not_there_nobody_can_have_listened(
+    store: Store, clock: Clock
+) -> None:
+    await store.greet()
+    await put(store, "r1", grace_ms=1000)
+    await put(store, "r2", grace_ms=1000)
+    await take(store)
+    await emit(store, emission("r1"))
+    await store.leave("r2", "alice")
+    await clock.advance(1001)
+    # The worker is back before the gateway.
+    await clock.set_server("another", 0)
+    assert await emit(store, emission("r1", first=2)) == [Emitted("ok")]
+    assert await take_ids(store) == ["r2"]
+    await clock.advance(1000)
+    assert await emit(store, emission("r1", first=3)) == [Emitted("ok")]
+    await clock.advance(1)
+    assert await emit(store, emission("r1", first=4)) == [Emitted("ended", reason="abandoned")]
+
+
 async def test_what_ends_unheard_is_not_abandoned(store: Store, clock: Clock) -> None:
     await put(store, "r1", grace_ms=1000)
     await take(store)
