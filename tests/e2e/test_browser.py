@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +35,10 @@ FLAGS = (
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
+
+
+HELD = ": still here\n\n"
+"""A stream that is held for a while, and then cut."""
 
 
 class Pages(BaseHTTPRequestHandler):
@@ -71,6 +76,9 @@ class Pages(BaseHTTPRequestHandler):
             self.send_header(f"Access-Control-Allow-{name}", "*")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if body == HELD:
+            self.wfile.flush()
+            time.sleep(1.5)
         self.wfile.write(body.encode())
 
 
@@ -79,9 +87,11 @@ def serve(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -234,3 +244,11 @@ async def test_the_status_says_whether_the_page_asks_again(
             await tab.until("state", state)
     assert len(asked) == len(answers) + state.startswith("done")
     assert len(set(asked)) == 1
+
+
+async def test_a_connection_that_is_held_is_a_sign_of_life(page: str, tmp_path: Path) -> None:
+    answers = [(502, PAGE), (200, HELD), (200, HELD), (200, HELD)]
+    with serve(functools.partial(Pages, answers, [])) as url:
+        address = f"{page}?url={url}&ask=hello&patience=3"
+        async with browse(address, tmp_path / "profile") as tab:
+            await tab.until("state", "done, 1 tokens")
