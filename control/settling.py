@@ -14,6 +14,8 @@ PAGE = 500
 STALE_MS = 3_000
 """Facts that another control process read this long ago and did not settle are taken over; too
 early does no harm."""
+GONE_MS = 3_600_000
+"""A control process that has not asked for this long is gone: the next one has another name."""
 
 
 async def settle(store: Store, consumer: str) -> int:
@@ -41,7 +43,17 @@ async def settle(store: Store, consumer: str) -> int:
                 async with unavailable():
                     await store.client.xack(keys.ENDED, keys.CONTROL_GROUP, entry_id)
                 settled += 1
+    await _forget_gone(store, consumer)
     return settled
+
+
+async def _forget_gone(store: Store, consumer: str) -> None:
+    """Removes the names of other control processes that are gone and have left nothing."""
+    async with unavailable():
+        for other in await store.client.xinfo_consumers(keys.ENDED, keys.CONTROL_GROUP):
+            gone = other["idle"] > GONE_MS and not other["pending"]
+            if gone and other["name"] != consumer.encode():
+                await store.client.xgroup_delconsumer(keys.ENDED, keys.CONTROL_GROUP, other["name"])
 
 
 async def _read(

@@ -100,6 +100,28 @@ async def test_a_control_process_that_died_repeats_and_loses_nothing(
     assert 90 <= await tokens_left(opened) <= 91
 
 
+async def test_names_of_control_processes_that_are_gone_go(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def names() -> set[bytes]:
+        found = await opened.client.xinfo_consumers(keys.ENDED, keys.CONTROL_GROUP)
+        return {each["name"] for each in found}
+
+    await submit(opened, "r", attempt="a")
+    await generate(opened, "r", 7)
+    for name in ("c1", "c2"):
+        await settle(opened, name)
+    await submit(opened, "r2", attempt="b")
+    await generate(opened, "r2", 7)
+    # It has read a fact and not acknowledged it.
+    await opened.client.xreadgroup(keys.CONTROL_GROUP, "c3", {keys.ENDED: ">"})
+    await settle(opened, "c4")
+    assert await names() == {b"c1", b"c2", b"c3", b"c4"}
+    monkeypatch.setattr("control.settling.GONE_MS", -1)
+    await settle(opened, "c4")
+    assert await names() == {b"c3", b"c4"}
+
+
 async def test_what_a_round_did_not_get_to_is_settled_in_the_next(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
