@@ -142,7 +142,9 @@ class QueueStatus:
                 reports.append(None)
             else:
                 prompt = int(row["pt"])
-                reports.append(Running(rid, prompt, min(prompt, int(row["pr"] or 0))))
+                # messages.WAITS is none.
+                computed = max(0, int(row["pr"] or 0))
+                reports.append(Running(rid, prompt, min(prompt, computed)))
         return reports
 
     async def _queues(

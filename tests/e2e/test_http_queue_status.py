@@ -14,7 +14,7 @@ import pytest
 from gateway_site import Site, letters, open_site, until
 
 from realtime_serve.redis_server import RedisServer, find_binary
-from shared import keys
+from shared import keys, messages
 from shared.store import Emission
 
 BODY = {"model": "echo", "prompt": "hello", "max_tokens": 3, "seed": 5}
@@ -145,6 +145,10 @@ async def test_how_much_of_a_prompt_is_read(redis_url: str) -> None:
             rows = [Emission(rid, epoch, 1, 0, b"", 3)]
             await site.store.emit(site.worker.mv, site.worker.engine, rows)
             assert (await asking.status())["computed_tokens"] == 3
+            # It has given them up.
+            rows = [Emission(rid, epoch, 1, 0, b"", messages.WAITS)]
+            await site.store.emit(site.worker.mv, site.worker.engine, rows)
+            assert (await asking.status())["computed_tokens"] == 0
             site.worker.frozen = False
             assert text_of(await asking.rest()) == letters(5, 3)
 
