@@ -33,11 +33,11 @@ class Listening:
 
     Attributes:
         after: number of the last token it has; None: it has not even seen the beginning.
-        kept: the request goes on when this client leaves.
+        kept: the request goes on when this client leaves, so several readers, on several gateways,
+            may come to see its end.
         moves: this client has said that it goes on elsewhere where it is cut off.
         started: when the client asked, in the event loop's time.
         meter: None: this request is measured elsewhere.
-        is_shared: several readers, on several gateways, may come to see its end.
         queue_status: the client asked to be told what its request waits for.
     """
 
@@ -50,7 +50,6 @@ class Listening:
     after: int | None
     started: float
     meter: Meter | None
-    is_shared: bool
     queue_status: bool
 
 
@@ -60,7 +59,6 @@ class Relay:
     def __init__(self, edge: Edge, listening: Listening) -> None:
         self._edge = edge
         self._meter = listening.meter
-        self._is_shared = listening.is_shared
         self._request = listening.request
         self._clock = asyncio.get_running_loop().time
         self._started = listening.started
@@ -227,7 +225,7 @@ class Relay:
         meter, self._meter = self._meter, None
         if meter is None:
             return
-        if self._is_shared:
+        if self._kept:
             self._edge.send(self._end_if_first(meter, self._clock(), end, tokens))
         else:
             meter.end(self._clock(), end, tokens)

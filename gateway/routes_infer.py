@@ -66,7 +66,6 @@ async def generate(request: web.Request, order: Order) -> web.StreamResponse:
         after=None,
         started=trail.started,
         meter=meter,
-        is_shared=ticket.kept,
         queue_status=terms.queue_status,
     )
     relay = Relay(edge, listening)

@@ -79,7 +79,6 @@ async def resume(request: web.Request) -> web.StreamResponse:
         after=after,
         started=trail.started,
         meter=meter,
-        is_shared=True,
         queue_status=queue_status,
     )
     relay = Relay(edge, listening)

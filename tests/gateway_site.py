@@ -82,7 +82,7 @@ class FakeWorker:
     Attributes:
         step_s: time of a step. room: most requests at once; 0: it takes nothing.
         frozen: it lives, holds what it has and gives nothing of it. preempts: it says
-            that it has no room for it. burst: letters a step.
+            that it has no room for what it has begun. burst: letters a step.
         beating: it sends heartbeats, which open its version.
         finish: how a request ends that has all its letters.
         end: (reason, code, message) to end requests with instead of letters.
@@ -125,12 +125,6 @@ class FakeWorker:
             return
         given = {} if self.frozen else self.running
         step = [self._emission(rid, state) for rid, state in given.items()]
-        if self.preempts:
-            # As an engine that has no room for what it has begun.
-            step = [
-                Emission(rid, state.epoch, state.seq + 1, state.seq, b"", messages.WAITS)
-                for rid, state in self.running.items()
-            ]
         _, answers = await self.store.emit(self.mv, self.engine, step)
         for emission, answer in zip(step, answers, strict=True):
             if answer.outcome == "gap":
@@ -152,6 +146,8 @@ class FakeWorker:
     def _emission(self, rid: str, state: _Running) -> Emission:
         sampling = state.request.sampling
         first = state.seq + 1
+        if self.preempts:
+            return Emission(rid, state.epoch, first, state.seq, b"", messages.WAITS)
         if self.end is not None:
             reason, code, message = self.end
             return self._last(rid, state, first, b"", first - 1, reason, code, message)
