@@ -11,15 +11,15 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
 
 import msgspec
 
+from gateway.errors import RequestGone
 from gateway.pubsub import PubSubConnection
 from gateway.recovery import RETRY_S, Recovery
 from shared import keys, messages
 from shared.errors import LogExpired, StoreUnavailable
-from shared.store import Store, unavailable
+from shared.store import State, Store
 from shared.tasks import end
 
 CONFIRM_S = 0.9
@@ -42,6 +42,7 @@ class Subscription:
 
     Attributes:
         last: number of the last token handed out.
+        run: which run of the request it reads; None: not known yet, or an older release's.
         recovery: queues the request again where Redis has lost it; None: somebody else may.
         heard_at: when a message came. checked_at: when its log was asked for.
         known_at: when Redis said that the request waits or runs. All in the event loop's time.
@@ -62,6 +63,7 @@ class Subscription:
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._loop = asyncio.get_running_loop()
+        self.run: bytes | None = None
         self.recovery: Recovery | None = None
         self.heard_at = self.known_at = self._loop.time()
         self.checked_at = 0.0
@@ -119,6 +121,7 @@ class Subscription:
         Raises:
             LogExpired: tokens are missing and the log that had them is gone; or the request is,
                 and cannot be queued again.
+            RequestGone: it ended, and runs anew for who repeated its Idempotency-Key.
         """
         while True:
             if self._stale and not self._page:
@@ -153,6 +156,9 @@ class Subscription:
                     raise LogExpired(self.rid)
                 self._hub.gaps += 1
                 self._stale = True
+            elif not from_log and self._begins(entry):
+                # Of another run, unless Redis lost the tokens that were handed on.
+                self._stale = True
 
     def _accept(self, entry: messages.Entry) -> messages.Entry | None:
         event = entry.event
@@ -174,6 +180,14 @@ class Subscription:
             return entry.seq > self.last
         return event.first > self.last + 1
 
+    def _begins(self, entry: messages.Entry) -> bool:
+        return isinstance(entry.event, messages.Tokens) and entry.event.first == 1
+
+    def _is_another(self, run: bytes | None) -> bool:
+        """Whether the request is in another run than the one that is read."""
+        self.run = self.run or run
+        return run != self.run
+
     async def _recover(self) -> None:
         if self._over:
             # How, Redis does not know any more.
@@ -194,23 +208,23 @@ class Subscription:
         while waited_s < COME_BACK_S:
             await asyncio.sleep(RETRY_S)
             with suppress(StoreUnavailable):
-                if (await self._hub.state(self.rid))[0] is not None:
+                if await self._hub.store.state(self.rid) is not None:
                     return
                 # While Redis is away nobody can.
                 waited_s += RETRY_S
         raise LogExpired(self.rid)
 
-    def compared(self, state: bytes | None, seq: int) -> None:
+    def compared(self, state: State | None) -> None:
         """What Redis says of its request."""
         if state is None:
             self.lost()
             return
         self._note(state)
-        if self._over or seq > self.last:
+        if self._over or state.seq > self.last or self._is_another(state.run):
             self.resync()
 
-    def _note(self, state: bytes) -> None:
-        self._over = state == b"e"
+    def _note(self, state: State) -> None:
+        self._over = state.ended
         if not self._over:
             self.known_at = self._loop.time()
 
@@ -220,11 +234,7 @@ class Subscription:
         try:
             while True:
                 try:
-                    # Asked first: what had ended by then has its end in the log.
-                    state, seq = await self._hub.state(self.rid)
-                    # Where tokens were lost its end may come before what was handed out.
-                    after = min(self.last, seq) if state == b"e" else self.last
-                    entries = await self._hub.store.read_log(self.rid, after, PAGE)
+                    state, entries = await self._hub.store.read_stream(self.rid, self.last, PAGE)
                     break
                 except StoreUnavailable:
                     await asyncio.sleep(RETRY_S)
@@ -232,6 +242,8 @@ class Subscription:
             self._stale = True
             raise
         if state is not None:
+            if self._is_another(state.run):
+                raise RequestGone("This request ended, and was run again under the same name")
             self._note(state)
         self._lost = state is None and not entries
         self._gone = self._over and not entries
@@ -340,16 +352,6 @@ class Hub:
         """
         await self._compare([reader for reader in self._readers() if reader.waits])
 
-    async def state(self, rid: str) -> tuple[bytes | None, int]:
-        """Whether the request waits, runs or has ended, and the number of its last token.
-
-        None: Redis does not know it any more.
-        """
-        client: Any = self.store.client
-        async with unavailable():
-            state, seq = await client.hmget(keys.request(rid), ["st", "seq"])
-        return state, int(seq or 0)
-
     def _readers(self) -> Iterator[Subscription]:
         for channel in self._channels.values():
             yield from channel.readers
@@ -400,9 +402,6 @@ class Hub:
             await self._compare_page(readers[start : start + PAGE])
 
     async def _compare_page(self, readers: list[Subscription]) -> None:
-        async with unavailable(), self.store.client.pipeline(transaction=False) as pipe:
-            for reader in readers:
-                pipe.hmget(keys.request(reader.rid), ["st", "seq"])
-            rows = await pipe.execute()
-        for reader, (state, seq) in zip(readers, rows, strict=True):
-            reader.compared(state, int(seq or 0))
+        states = await self.store.states([reader.rid for reader in readers])
+        for reader, state in zip(readers, states, strict=True):
+            reader.compared(state)

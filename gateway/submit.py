@@ -136,14 +136,14 @@ class _Admission:
         self._timeout_s = order.timeout_s or terms.timeout_s or s.timeout_s
         self._keep_s = s.resumable_retention_s if self._kept else s.retention_s
         if terms.grace_s is not None:
-            grace_ms = int(terms.grace_s * 1000)
+            self._grace_ms = int(terms.grace_s * 1000)
         else:
-            grace_ms = int(KEY_GRACE_S * 1000) if self._kept else PLAIN_GRACE_MS
+            self._grace_ms = int(KEY_GRACE_S * 1000) if self._kept else PLAIN_GRACE_MS
         # It outlives this admission, so it holds none of its parts.
         self._queue = functools.partial(
             edge.store.enqueue,
             cls=order.cls,
-            grace_ms=grace_ms,
+            grace_ms=self._grace_ms,
             keep_ms=int(self._keep_s * 1000),
             attempt=self._attempt,
             queue_limit=s.queue_limit,
@@ -162,7 +162,9 @@ class _Admission:
             answer = None
             if self._sender.terms.idempotency_key is not None:
                 # Before the charge: who comes again must get in at the limit, too.
-                answer = await edge.store.attach(self._request, strict=edge.settings.strict)
+                answer = await edge.store.attach(
+                    self._request, grace_ms=self._grace_ms, strict=edge.settings.strict
+                )
             if answer is None:
                 headers = await self._charge()
                 answer = await self._enqueue()

@@ -75,6 +75,20 @@ class Enqueued:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """Where a request is.
+
+    Attributes:
+        ended: nothing will follow. seq: number of its last token.
+        run: another one each time that a request which failed runs anew; None: an older release's.
+    """
+
+    ended: bool
+    seq: int
+    run: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class Taken:
     """One request handed to an engine. `epoch` and the engine's id are the fence.
 
@@ -158,6 +172,7 @@ class Departed:
 
 _ENTRY_TOKENS = 512
 """In one entry of a log that is written again."""
+_STATE = ["st", "seq", "run"]
 _ENQUEUED = ("accepted", "attached", "conflict", "closed", "full")
 _EMITTED = ("ok", "duplicate", "fenced", "gap", "ended", "lost")
 _DONE = Emitted("ok")
@@ -169,6 +184,19 @@ def _enqueued(reply: list[Any]) -> Enqueued:
     if outcome == "attached":
         return Enqueued(outcome, view=messages.decode(reply[1], messages.View))
     return Enqueued(outcome, waiting=reply[1])
+
+
+def _state(row: list[Any]) -> State | None:
+    state, seq, run = row
+    return None if state is None else State(state == b"e", int(seq or 0), run)
+
+
+def _xrange(client: Any, rid: str, after: int, most: int) -> Any:
+    return client.xrange(keys.log(rid), f"({after}-0" if after else "-", "+", most)
+
+
+def _entries(reply: list[Any]) -> list[messages.Entry]:
+    return [messages.read_entry(entry_id, fields[b"d"]) for entry_id, fields in reply]
 
 
 def _raw(data: bytes) -> msgspec.Raw:
@@ -321,13 +349,17 @@ class Store:
         """Gives back what was charged and not used, once for each entry of `ended`."""
         return bool(await self._run["settle"](caller, fact, tokens))
 
-    async def attach(self, request: messages.Request, *, strict: bool = False) -> Enqueued | None:
+    async def attach(
+        self, request: messages.Request, *, grace_ms: int, strict: bool = False
+    ) -> Enqueued | None:
         """The answer of `enqueue` if it would be attached or conflict, without queueing.
+
+        The request's grace time is at least `grace_ms` from now on.
 
         Raises:
             NotReplicated: `strict`, and no replica has it.
         """
-        args = (request.rid, request.caller, request.digest())
+        args = (request.rid, request.caller, request.digest(), grace_ms)
         reply = await self._call("attach", args, strict=strict)
         return _enqueued(reply) if reply[0] else None
 
@@ -412,10 +444,39 @@ class Store:
         The first entry may begin at or before `after`: the caller cuts it.
         """
         async with unavailable():
-            entries = await self.client.xrange(
-                keys.log(rid), min=f"({after}-0" if after else "-", max="+", count=most
-            )
-        return [messages.read_entry(entry_id, fields[b"d"]) for entry_id, fields in entries]
+            return _entries(await _xrange(self.client, rid, after, most))
+
+    async def state(self, rid: str) -> State | None:
+        """Where the request is; None: Redis does not know it, any more."""
+        return (await self.states([rid]))[0]
+
+    async def states(self, rids: Iterable[str]) -> list[State | None]:
+        """As `state`, of many in one round trip."""
+        async with unavailable(), self.client.pipeline(transaction=False) as pipe:
+            for rid in rids:
+                pipe.hmget(keys.request(rid), _STATE)
+            return [_state(row) for row in await pipe.execute()]
+
+    async def read_stream(
+        self, rid: str, after: int, most: int
+    ) -> tuple[State | None, list[messages.Entry]]:
+        """`state` and `read_log`, of the same run. What has ended has its end in the log."""
+        start = after
+        while True:
+            async with unavailable(), self.client.pipeline(transaction=False) as pipe:
+                pipe.hmget(keys.request(rid), _STATE)
+                _xrange(pipe, rid, start, most)
+                pipe.hget(keys.request(rid), "run")
+                row, entries, run = await pipe.execute()
+            state = _state(row)
+            if row[2] != run:
+                # Run anew in between: what was read may be of either.
+                continue
+            if state is not None and state.ended and state.seq < start:
+                # Tokens were lost: its end comes before what was read of it.
+                start = state.seq
+                continue
+            return state, _entries(entries)
 
     # -- workers --
 

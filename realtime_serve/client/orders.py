@@ -25,7 +25,8 @@ class Options(TypedDict, total=False):
         seed: the same one gives the same answer. stop: up to 4 strings.
         priority: high, normal or low. timeout_s: deadline at the server, queue included.
         idempotency_key: with the same key and the same request again, the answer is the same
-            one and nothing runs twice. By default each request has a key of its own.
+            one and nothing runs twice; who closes its stream early cancels it for all who read it,
+            who detaches does not. By default each request has a key of its own.
     """
 
     model: Required[str]

@@ -127,9 +127,11 @@ end
 
 -- What a repeated Idempotency-Key finds under its id: nil nothing, so that it may run; or the reply of
 -- enqueue and attach. A request that failed runs anew, and so does one whose tokens are gone. Whoever attaches
--- makes it its own: the attempt that queued it may have been given up, and be taken back late.
-local function present(rid, caller, digest)
-  local v = redis.call('HMGET', 'rts:r:' .. rid, 'caller', 'dig', 'st', 'reason', 'view')
+-- makes it its own: the attempt that queued it may have been given up, and be taken back late. Whoever asks for
+-- the longest grace time gets it.
+local function present(rid, caller, digest, grace)
+  local key = 'rts:r:' .. rid
+  local v = redis.call('HMGET', key, 'caller', 'dig', 'st', 'reason', 'view', 'grace')
   if not v[1] then
     return nil
   end
@@ -139,7 +141,7 @@ local function present(rid, caller, digest)
   if v[3] == 'e' and ((v[4] ~= 'stop' and v[4] ~= 'length') or redis.call('EXISTS', 'rts:l:' .. rid) == 0) then
     return nil
   end
-  redis.call('HSET', 'rts:r:' .. rid, 'att', '')
+  redis.call('HSET', key, 'att', '', 'grace', int(math.max(tonumber(v[6]), tonumber(grace))))
   return {1, v[5]}
 end
 

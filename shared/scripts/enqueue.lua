@@ -23,7 +23,7 @@ if ARGV[15] and earlier[1] then
   -- It is not lost, whatever became of it.
   return {0, 0}
 end
-local there = present(rid, caller, ARGV[5])
+local there = present(rid, caller, ARGV[5], ARGV[8])
 if there then
   return there
 end
@@ -58,7 +58,7 @@ redis.call('DEL', key, 'rts:l:' .. rid)
 redis.call('HSET', key, 'st', 'w', 'mv', mv, 'cls', cls, 'eid', eid, 'caller', caller, 'dig', ARGV[5],
   'body', ARGV[6], 'size', size, 'own', '0:', 'ep', earlier[2] or 0, 'seq', last or 0, 'pr', 0, 'hw', 0, 'mark', 0,
   'deaths', 0, 'dl', int(deadline), 'grace', ARGV[8], 'keep', ARGV[9], 't0', int(now), 'pt', ARGV[10],
-  'charge', charge, 'att', ARGV[11], 'tk', ticket, 'view', ARGV[14])
+  'charge', charge, 'att', ARGV[11], 'run', ARGV[11], 'tk', ticket, 'view', ARGV[14])
 -- Long enough for whoever ends it at its deadline, and for a reader who comes late.
 redis.call('PEXPIREAT', key, int(deadline + 300000))
 if #ARGV > 15 then

@@ -250,7 +250,8 @@ class Job:
     """One request as the model sees it.
 
     Attributes:
-        attempt: the call that queued it; "" once a client has attached to it.
+        attempt: the call that queued it; "" once a client has attached to it. run: the same, for
+            good.
         best: most rows of its prompt that any owner computed.
     """
 
@@ -276,6 +277,10 @@ class Job:
     quiet: int = 0
     reason: str = ""
     tokens: list[str] = field(default_factory=list)
+    run: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.attempt
 
     @property
     def done(self) -> int:
@@ -355,6 +360,7 @@ class Model:
                 return "conflict"
             if old.state != "e" or old.reason in ("stop", "length"):
                 old.attempt = ""
+                old.grace = max(old.grace, job.grace)
                 return "attached"
         waits = any(other.caller == job.caller for other in self.heads[job.cls])
         room = self.limit * (1 if waits else 2)
@@ -599,6 +605,8 @@ class Model:
             real = state.requests[rid]
             assert real["st"] == job.state
             assert real["att"] == job.attempt
+            assert real["run"] == job.run
+            assert int(real["grace"]) == job.grace
             assert real["own"] == (f"{job.epoch}:{job.owner}" if job.owner else "0:")
             assert int(real["ep"]) == job.epoch
             assert [int(real[name]) for name in ("pr", "hw")] == [job.progress, job.best]

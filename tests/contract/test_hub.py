@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import gateway.hub
+from gateway.errors import RequestGone
 from gateway.hub import Hub, Subscription
 from gateway.recovery import Recovery
 from shared import keys, messages
 from shared.errors import LogExpired, StoreUnavailable
 from shared.messages import Entry, Token, Tokens
-from shared.store import Store, connect
+from shared.store import State, Store, connect
 
 RID = "r1"
 
@@ -92,7 +93,7 @@ async def test_duplicates_are_dropped_and_overlaps_cut(hub: Hub, store: Store) -
     reader = await hub.subscribe(RID)
     await write(store, 1, 3)
     await store.client.publish(keys.log(RID), b"3-0 " + blob(1, 3))
-    await store.client.publish(keys.log(RID), b"4-0 " + blob(2, 3))
+    await write(store, 2, 3)
     await end(store, 4)
     assert await read_all(reader) == ([1, 2, 3, 4], "stop")
     await clean(store)
@@ -127,6 +128,54 @@ async def test_an_end_without_an_answer_is_told(hub: Hub, store: Store) -> None:
     await write(store, 1)
     await end(store, 1, reason="cancelled")
     assert await read_all(reader) == ([1], "cancelled")
+    await clean(store)
+
+
+async def run_anew(store: Store, *, live: bool) -> None:
+    """The request failed, its client came again with its key, and its next run has five tokens."""
+    await end(store, 3, live=live, reason="cancelled")
+    await clean(store)
+    await store.client.hset(keys.request(RID), "run", "b")
+    for n in range(1, 6):
+        await write(store, n, live=live)
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+async def test_tokens_of_the_next_run_are_not_mixed_in(
+    watchful: Hub, store: Store, live: bool, known: bool
+) -> None:
+    reader = await watchful.subscribe(RID, replay=known)
+    await store.client.hset(keys.request(RID), "run", "a")
+    await write(store, 1, 3)
+    assert (await reader.next()).seq == 3
+    if not known:
+        # It has been silent: then Redis is asked.
+        waits = asyncio.create_task(reader.next())
+        await until(lambda: reader.run == b"a")
+        waits.cancel()
+    await run_anew(store, live=live)
+    with pytest.raises(RequestGone):
+        await read_all(reader)
+    reader.close()
+    await clean(store)
+
+
+async def test_a_run_whose_end_was_not_heard_ends_where_the_next_one_begins(
+    hub: Hub, store: Store
+) -> None:
+    reader = await hub.subscribe(RID, replay=True)
+    await store.client.hset(keys.request(RID), "run", "a")
+    await write(store, 1, 3)
+    assert (await reader.next()).seq == 3
+    await end(store, 3, live=False, reason="cancelled")
+    await clean(store)
+    await store.client.hset(keys.request(RID), "run", "b")
+    for n in range(1, 6):
+        await write(store, n)
+    with pytest.raises(RequestGone):
+        await reader.next()
+    reader.close()
     await clean(store)
 
 
@@ -345,7 +394,7 @@ async def test_what_ended_before_it_was_lost_is_not_queued_again(
         await end(store, 1 + gateway.hub.PAGE, live=False, reason="cancelled")
         if how == "compared":
             await store.client.delete(keys.log(RID))
-            reader.compared(b"e", 0)
+            reader.compared(State(ended=True, seq=0, run=None))
         else:
             reader.resync()
             assert (await reader.next()).seq == 2

@@ -210,7 +210,7 @@ async def test_enqueue_is_idempotent_in_every_state(store: Store) -> None:
     assert await put(store, "r1") == there
     await emit(store, emission("r1", first=4, reason="stop"))
     assert await put(store, "r1") == there
-    assert await store.attach(make_request("r1")) == there
+    assert await store.attach(make_request("r1"), grace_ms=0) == there
     assert (await counts(store))["ticket"] == 1
     assert await store.client.xlen(keys.queue(MV, "normal")) == 0
 
@@ -269,7 +269,7 @@ async def test_a_repeated_id_whose_request_failed_runs_anew(
     await emit(store, emission("r1", n=2))
     await store.cancel("r1", "alice", reason)
     assert await put(store, "r1", prompt=4) == Enqueued("conflict")
-    assert await store.attach(make_request("r1")) is None
+    assert await store.attach(make_request("r1"), grace_ms=0) is None
     await clock.advance(1)
     assert await put(store, "r1") == Enqueued("accepted")
     for name in ("reason", "t1", "t2", "t3", "unheard"):
@@ -293,18 +293,18 @@ async def test_a_repeated_id_whose_log_is_gone_runs_anew(store: Store, clock: Cl
     assert (await put(store, "r1")).outcome == "attached"
     await store.client.delete(keys.log("r1"))
     await clock.advance(1)
-    assert await store.attach(make_request("r1")) is None
+    assert await store.attach(make_request("r1"), grace_ms=0) is None
     assert await put(store, "r1") == Enqueued("accepted")
 
 
 async def test_attach_queues_nothing(store: Store) -> None:
-    assert await store.attach(make_request("r1")) is None
+    assert await store.attach(make_request("r1"), grace_ms=0) is None
     await put(store, "r1", resumable=True)
     before = await read_state(store.client)
     view = make_request("r1").view(resumable=True)
-    assert await store.attach(make_request("r1")) == Enqueued("attached", view=view)
-    assert await store.attach(make_request("r1", "bob")) == Enqueued("conflict")
-    assert await store.attach(make_request("r1", prompt=4)) == Enqueued("conflict")
+    assert await store.attach(make_request("r1"), grace_ms=0) == Enqueued("attached", view=view)
+    assert await store.attach(make_request("r1", "bob"), grace_ms=0) == Enqueued("conflict")
+    assert await store.attach(make_request("r1", prompt=4), grace_ms=0) == Enqueued("conflict")
     after = await read_state(store.client)
     # Who attached made it its own.
     before.requests["r1"]["att"] = ""
@@ -1542,7 +1542,7 @@ async def test_an_attempt_cannot_take_back_what_another_one_attached_to(
     """Its gateway gave up and takes it back late; meanwhile the client came again."""
     await put(store, "r1", attempt="a1")
     if by == "attach":
-        attached = await store.attach(make_request("r1"))
+        attached = await store.attach(make_request("r1"), grace_ms=0)
         assert attached is not None
         assert attached.outcome == "attached"
     else:
@@ -1801,7 +1801,7 @@ async def test_scripts_come_back_after_a_flush(store: Store) -> None:
         await store.depart(MV, "a")
         await beat(store, "a")
         await store.settle("alice", "1-0", 0)
-        await store.attach(make_request("r1"))
+        await store.attach(make_request("r1"), grace_ms=0)
         await store.refund("r1", "alice", "a1")
         await store.leave("r1", "alice")
         await store.greet()
@@ -1895,7 +1895,7 @@ async def test_a_full_or_read_only_server_changes_nothing(own_server) -> None:
                 store.depart(MV, "b"),
                 store.greet(),
                 beat(store, "a"),
-                store.attach(make_request("r0", "caller0")),
+                store.attach(make_request("r0", "caller0"), grace_ms=0),
             ):
                 with pytest.raises(StoreUnavailable):
                     await call

@@ -111,7 +111,7 @@ async def measure(store: Store, clock: Clock, engines: int) -> dict[str, dict[st
     await cost("limit", lambda: store.limit("new", 60, 1000, 10, "a1"))
     await cost("leave", lambda: store.leave("new0", "new"))
     await cost("greet", store.greet)
-    await cost("attach", lambda: store.attach(make_request("new0", "new")))
+    await cost("attach", lambda: store.attach(make_request("new0", "new"), grace_ms=0))
     await cost("refund", lambda: store.refund("x", "new", "a1"))
     await cost("refund queued", lambda: store.refund("new1", "new", "new1"))
     await cost("settle", lambda: store.settle("new", "1-0", 5))

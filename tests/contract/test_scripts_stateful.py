@@ -110,6 +110,7 @@ class Machine(RuleBasedStateMachine):
         timeout_ms: int,
         had: list[str] | None = None,
         attempt: str = "",
+        grace_ms: int = 1000,
     ) -> str:
         attempt = attempt or secrets.token_hex(8)
         answer = self.do(
@@ -117,7 +118,7 @@ class Machine(RuleBasedStateMachine):
                 request,
                 cls=keys.CLASSES[cls],
                 timeout_ms=timeout_ms,
-                grace_ms=1000,
+                grace_ms=grace_ms,
                 keep_ms=600_000,
                 attempt=attempt,
                 queue_limit=QUEUE_LIMIT,
@@ -134,7 +135,7 @@ class Machine(RuleBasedStateMachine):
             size=len(messages.encode(request)),
             t0=self.model.now,
             deadline=self.model.now + timeout_ms,
-            grace=1000,
+            grace=grace_ms,
             prompt=len(request.prompt),
             attempt=attempt,
             tokens=list(had or []),
@@ -172,15 +173,19 @@ class Machine(RuleBasedStateMachine):
         return list(self.requests)[pick % len(self.requests)]
 
     @precondition(lambda self: self.requests)
-    @rule(pick=picks, what=st.sampled_from(["same", "other caller", "other body"]))
-    def enqueue_again(self, pick: int, what: str) -> None:
+    @rule(
+        pick=picks,
+        what=st.sampled_from(["same", "other caller", "other body"]),
+        grace_ms=st.sampled_from([500, 1000, 2000]),
+    )
+    def enqueue_again(self, pick: int, what: str, grace_ms: int) -> None:
         old = self.requests[self._rid(pick)]
         caller = "mallory" if what == "other caller" else old.caller
         request = make_request(old.rid, caller, len(old.prompt) + (what == "other body"))
         # One that failed runs again, at another time than before.
         self.time_passes(1, janitor=False)
-        there = self.do(self.store.attach(request))
-        outcome = self._put(request, 1, FOREVER_MS)
+        there = self.do(self.store.attach(request, grace_ms=grace_ms))
+        outcome = self._put(request, 1, FOREVER_MS, grace_ms=grace_ms)
         assert outcome == (there.outcome if there else outcome)
         assert (outcome == "conflict") == (what != "same")
         assert there or outcome in ("accepted", "full")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from gateway_site import Event, Site, letters, open_site, read_events, until
 
+from gateway.hub import Subscription
 from shared import keys, messages
 from shared.store import Enqueued
 
@@ -271,17 +272,57 @@ async def test_tokens_of_an_attempt_that_is_taken_back_are_not_mixed_in(
 ) -> None:
     attach, store = site.edge.store.attach, site.edge.store
 
-    async def attach_late(request: messages.Request, *, strict: bool) -> Enqueued | None:
+    async def attach_late(request: messages.Request, **options: Any) -> Enqueued | None:
         # Of the run of an attempt whose gateway heard no answer, and takes it back now.
         token = messages.Tokens(messages.VERSION, 1, [messages.Token(0, 1, "!")])
         frame = b"1-0 " + messages.encode(token)
         await store.client.publish(keys.log(request.rid), frame)
         await asyncio.sleep(0.05)
-        return await attach(request, strict=strict)
+        return await attach(request, **options)
 
     monkeypatch.setattr(store, "attach", attach_late)
     _, events, _ = await site.post("/infer_stream", BODY, {"Idempotency-Key": "k"})
     assert text_of(events) == letters(5, 40)
+
+
+async def test_a_reader_of_a_run_that_failed_gets_nothing_of_the_next_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gateway hears neither of the end nor of the beginning: a moment without Redis."""
+    site.worker.step_s = 0.005
+    key = {"Idempotency-Key": "k"}
+    reply = await site.http.post(site.url("/infer_stream"), json=BODY, headers=key)
+    rid = reply.headers["X-Request-Id"]
+    first = await _read_some(reply, 5)
+    feed = Subscription.feed
+    monkeypatch.setattr(Subscription, "feed", lambda self, frame: None)
+    await site.send("DELETE", f"/requests/{rid}")
+    # As another version, which may answer otherwise.
+    site.worker.frozen = True
+    again = asyncio.create_task(site.post("/infer_stream", {**BODY}, key))
+    await until(lambda: len(site.worker.seen) == 2)
+    monkeypatch.setattr(Subscription, "feed", feed)
+    site.worker.frozen = False
+    rest = read_events((await reply.content.read()).decode())
+    assert text_of(rest) == letters(5, 40)[len(text_of(first)) :][: len(text_of(rest))]
+    assert rest[-1].data["error"]["code"] == "request_gone"
+    _, events, _ = await again
+    assert text_of(events) == letters(5, 40)
+
+
+async def test_who_attaches_may_ask_for_more_time(site: Site) -> None:
+    client: Any = site.store.client
+    site.worker.frozen = True
+    key = {"Idempotency-Key": "k"}
+    first = await site.http.post(site.url("/infer_stream"), json=BODY, headers=key)
+    name = keys.request(first.headers["X-Request-Id"])
+    for asked, held in (("90", b"90000"), ("10", b"90000")):
+        more = {**key, "X-Resumable": asked}
+        second = await site.http.post(site.url("/infer_stream"), json=BODY, headers=more)
+        assert second.status == 200
+        assert await client.hget(name, "grace") == held
+        second.close()
+    first.close()
 
 
 async def test_a_key_belongs_to_its_caller_and_its_request(site: Site) -> None:
