@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm", exc_type=ImportError)
 
+from shared.messages import WAITS
 from tests.contract.models import VOCAB, expected, tiny_model
 from tests.contract.test_engines import ask, drain
 from tests.contract.vllm_pool import engine as pooled
@@ -58,6 +59,28 @@ def test_a_prompt_that_takes_several_steps_tells_how_far_it_is() -> None:
         seen += [(output.prefilled, len(output.tokens)) for output in outputs]
     assert seen == [(512, 0), (700, 1), (701, 1)]
     engine.close()
+
+
+def test_a_sequence_that_was_preempted_says_that_it_waits() -> None:
+    # Five blocks of 128 tokens, and two sequences that come to need three each.
+    engine, _ = create_engine(options(2, 512, kv_cache_mb=1))
+    try:
+        for seed, rid in enumerate(("first", "second")):
+            engine.add(ask(rid, 350, length=5, seed=seed))
+        said: list[list[int]] = []
+        counts = {"first": 0, "second": 0}
+        while outputs := engine.step():
+            said.append([output.prefilled for output in outputs if not output.tokens])
+            for output in outputs:
+                counts[output.rid] += len(output.tokens)
+        assert counts == {"first": 350, "second": 350}
+        assert engine.stats().preemptions == 1
+        waited = [rows for rows in said if rows]
+        # In each step until the other one had ended.
+        assert len(waited) > 10
+        assert waited == [[WAITS]] * len(waited)
+    finally:
+        engine.close()
 
 
 def test_an_end_that_only_vllm_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
+from shared.messages import WAITS
 from worker.engine import EngineError, EngineOptions, ModelFiles
 from worker.engine import interface as ours
 from worker.engine.interface import EngineInfo, EngineRequest, EngineStats, StepOutput
@@ -54,11 +55,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A sequence, and what vLLM calls it."""
+    """A sequence, and what vLLM calls it. began: it has had a place in the batch."""
 
     sequence: Sequence
     name: str
     preemptions: int = field(default=0)
+    began: bool = field(default=False)
 
 
 class VllmEngine:
@@ -171,13 +173,19 @@ class VllmEngine:
         told = {output.request_id: output for output in self._llm.step()}
         self._stats.steps += 1
         outputs += [self._advance(rid, output) for rid, output in told.items()]
-        for name, request in self._running().items():
-            rid, entry = next((r, e) for r, e in self._entries.items() if e.name == name)
-            self._stats.preemptions += request.num_preemptions - entry.preemptions
-            entry.preemptions = request.num_preemptions
-            if rid not in told:
+        running = self._running()
+        for rid, entry in self._entries.items():
+            request = running.get(entry.name)
+            if request is not None:
+                self._stats.preemptions += request.num_preemptions - entry.preemptions
+                entry.preemptions, entry.began = request.num_preemptions, True
+            if rid in told:
+                continue
+            if request is not None:
                 # A long prompt is read in pieces: without a word it would be taken for hung.
                 outputs.append(StepOutput(rid, [], request.num_computed_tokens))
+            elif entry.began:
+                outputs.append(StepOutput(rid, [], WAITS))
         return outputs
 
     def stats(self) -> EngineStats:
