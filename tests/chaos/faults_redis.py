@@ -12,6 +12,7 @@ import aiohttp
 from lost_writes import LostWrites
 
 from chaos.load import Stream
+from chaos.owners import BY_OWNER
 from chaos.play import Scenario, Stage, Stalls
 from chaos.world import is_stopped
 
@@ -285,6 +286,7 @@ _PAIR: Any = {
 SCENARIOS = (
     Scenario("Redis kill -9, restarted", kill, fast=1, clip=True, most_stall=Stalls(p99=2.0)),
     Scenario("Redis paused", pause, clip=True),
+    Scenario("Redis paused, tokens by owner", pause, clip=True, **BY_OWNER),
     Scenario("Redis memory full", full, clip=True),
     Scenario("Redis read-only", read_only, clip=True),
     Scenario(

@@ -13,7 +13,7 @@ from typing import Any
 from cluster import Process
 
 from chaos.engine import MOMENTS, POISON
-from chaos.owners import SIGNED
+from chaos.owners import BY_OWNER
 from chaos.play import Scenario, Stage, Stalls
 from chaos.world import World, is_stopped
 from shared import keys
@@ -248,10 +248,7 @@ SCENARIOS = (
         two_zombies,
         fast=1,
         stalls="moved",
-        kinds=("keyed", "keyed", "chat", "infer", "flaky"),
-        tokens=(100, 160),
-        # No room for all on one: whichever stands still owns some.
-        settings={"tokens_per_minute": 6000, "engine": SIGNED, "max_batch_size": 32},
+        **BY_OWNER,
     ),
     Scenario("engine hangs, event loop lives", hang, stalls="moved", **_LONG),
     Scenario(

@@ -27,7 +27,7 @@ GROUP = 20
 """Streams of one caller, started together."""
 PATIENCE_S = 40.0
 """A client that comes again gives up after so long without anything new."""
-SURVIVING = ("keyed", "keyed", "chat", "stop", "infer", "flaky")
+SURVIVING = ("keyed", "key", "chat", "stop", "infer", "flaky")
 """Kinds of streams that must survive everything."""
 ALL = (*SURVIVING, "plain", "plain", "vanish", "cancel")
 """The same, with clients that ask for nothing special, leave, and cancel."""
@@ -38,13 +38,15 @@ class Stream:
     """One request of one client, and what came of it.
 
     Attributes:
-        kind: keyed (infer_stream, resumable), chat, stop (ends at a stop string), infer (in one
+        kind: keyed (infer_stream, resumable), key (with an Idempotency-Key alone: it asks again
+            and is told all from the start), chat, stop (ends at a stop string), infer (in one
             piece), flaky (hangs up in the middle and resumes), double (a second reader),
             slow (reads slower than it comes), plain (nothing special), refusable (plain, and may
             be refused), vanish (leaves for good in the middle), cancel (DELETE in the middle).
         expected: its whole text. tokens: how many make it.
         signed: its tokens say who wrote them instead, see `owners`.
-        arrivals: time.monotonic() of each token, so of the last ones after a resume.
+        arrivals: time.monotonic() of each token when it first came.
+        had: what came before the last time that it was told all from the start.
         wrong: what may never be. broken: it was told that it failed.
         refused_s: how long each refusal took. unanswered: POSTs that broke without an answer.
     """
@@ -63,6 +65,7 @@ class Stream:
     rid: str = ""
     text: str = ""
     seen: int = 0
+    had: str = ""
     arrivals: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     broken: str = ""
@@ -272,7 +275,7 @@ class Load:
         headers = {"X-Client-Id": stream.caller}
         if stream.comes_again:
             headers["Idempotency-Key"] = stream.name
-            if stream.kind != "infer":
+            if stream.kind not in ("infer", "key"):
                 headers["X-Resumable"] = "30"
         return headers
 
@@ -309,10 +312,14 @@ class Load:
         last, progress_at, pause = -1, time.monotonic(), 0.0
         while not stream.ended:
             try:
-                if stream.rid and stream.kind != "infer":
+                if stream.rid and stream.kind not in ("infer", "key"):
                     stream.resumes += 1
                     await self._resume(stream, self._url())
                 else:
+                    if stream.seen:
+                        stream.resumes += 1
+                        stream.had = max(stream.had, stream.text, key=len)
+                        stream.text, stream.seen = "", 0
                     await self._ask(stream, self._url())
             except Again as failure:
                 now = time.monotonic()
@@ -455,8 +462,10 @@ class Load:
             stream.wrong.append(f"token {number} after {stream.seen}")
         stream.seen = number
         stream.text += text
-        stream.arrivals.append(time.monotonic())
-        if not (stream.signed or stream.expected.startswith(stream.text)):
+        if len(stream.text) > len(stream.had):
+            stream.arrivals.append(time.monotonic())
+        known = stream.had if stream.signed else stream.expected
+        if not known.startswith(stream.text[: len(known)]):
             stream.wrong.append(f"token {number} is {text!r}")
 
     async def _misbehave(self, stream: Stream) -> bool:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gateway_site import LETTERS
 
 from worker.engine.echo import echo_token
 
 SIGNED = "chaos.engine:Signed"
 """As RTS_ENGINE."""
+BY_OWNER: dict[str, Any] = {
+    # No stop string: what comes is not known in advance.
+    "kinds": ("keyed", "key", "chat", "infer", "flaky"),
+    "tokens": (100, 160),
+    # No room for all on one: whichever stands still owns some.
+    "settings": {"tokens_per_minute": 6000, "engine": SIGNED, "max_batch_size": 32},
+}
+"""Of a scenario whose streams are told apart that way."""
 
 
 def wrong_owner(seed: int, text: str, epochs: int) -> str:
