@@ -179,9 +179,19 @@ async def _replay(letters: DeadLetters, settings: Settings, found: list[DeadLett
     if outcome != "accepted":
         return _REFUSED[outcome].format(mv=letter.mv)
     # Not before: whatever happens here, the request is in the queue or its letter is there.
-    await letters.drop(found)
+    await letters.drop(same := [other for other in found if _is_same(other, letter)])
     _say(f"{letter.rid}: queued again; its caller reads it at /requests/{letter.rid}/stream")
+    if left := len(found) - len(same):
+        _say(f"{letter.rid}: {left} older letters are of another request under this id, and stay")
     return None
+
+
+def _is_same(one: DeadLetter, other: DeadLetter) -> bool:
+    """Whether they ask for the same."""
+    try:
+        return one.request().digest() == other.request().digest()
+    except DecodeError:
+        return False
 
 
 async def _drop(letters: DeadLetters, found: list[DeadLetter]) -> None:

@@ -171,9 +171,10 @@ class Intake:
             await asyncio.sleep(self._max_wait_s)
             if (left := min(room, self._room()) - len(taken)) > 0:
                 taken += await self._take(left, calm=False)
-        opened = [await self._open(item) for item in await self._unknown(taken)]
-        for stream in opened:
-            if stream is not None:
+        for item in await self._unknown(taken):
+            # To be computed at once: to read all that others have generated may outlast the lease,
+            # which the first one's steps renew.
+            if (stream := await self._open(item)) is not None:
                 self._outbox.add(stream)
                 if not stream.ended:
                     self._driver.add(stream.engine_request())
@@ -234,12 +235,13 @@ class Intake:
     async def _read_earlier(self, taken: Taken) -> list[messages.Token]:
         earlier: list[messages.Token] = []
         while len(earlier) < taken.seq:
-            entries = await self._store.read_log(taken.rid, len(earlier))
-            if not entries:
-                raise LogExpired(taken.rid)
-            for entry in entries:
+            known = len(earlier)
+            for entry in await self._store.read_log(taken.rid, known):
                 if isinstance(entry.event, messages.Tokens):
                     earlier += entry.event.tokens
+            if len(earlier) == known:
+                # Gone, or another run's by now, which ended before it came so far.
+                raise LogExpired(taken.rid)
         return earlier
 
     async def _refuse(self, taken: Taken, why: str) -> None:

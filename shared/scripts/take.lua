@@ -25,6 +25,8 @@ local out, out_bytes, mine = {}, 0, 0
 local SPARE_TURNS = 256
 -- Suspects that must wait shall not hide the streams behind them.
 local SPARE_ORPHANS = 32
+-- Most silent engines that one call looks at, the stalest.
+local STALE = 16
 local leases, owns = 'rts:leases:' .. mv, 'rts:owns:' .. mv
 
 local function stream(class)
@@ -99,22 +101,29 @@ if tonumber(ARGV[11]) >= 0 then
 end
 
 -- 2. Whose requests are orphans: the lease ran out, or nobody listens to the control channel.
-local dead = {}
+local dead, silent = {}, {}
 if room > 0 then
-  local stalest = redis.call('ZRANGE', leases, 0, 3, 'WITHSCORES')
-  local sure = nil
-  for i = 1, #stalest, 2 do
-    local other, age = stalest[i], now - tonumber(stalest[i + 1])
-    if other == NOBODY then
-      dead[#dead + 1] = other
-    elseif other ~= engine and age > doubt then
-      if sure == nil then
-        -- Just after a restart or a failover every lease is old and nobody has reconnected yet: everybody gets
-        -- the time of two leases to come back.
-        sure = now - server_since(now) >= 2 * lease
-      end
-      if sure and (age > lease or redis.call('PUBSUB', 'NUMSUB', 'rts:w:' .. other)[2] == 0) then
-        dead[#dead + 1] = other
+  -- All that are silent, or the suspects of some that are dead would hide the streams of others.
+  local stale = redis.call('ZRANGEBYSCORE', leases, '-inf', int(now - doubt - 1), 'WITHSCORES', 'LIMIT', 0, STALE)
+  for i = 1, #stale, 2 do
+    if stale[i] == NOBODY then
+      dead[1] = NOBODY
+    elseif stale[i] ~= engine then
+      silent[#silent + 1] = {engine = stale[i], ms = now - tonumber(stale[i + 1])}
+    end
+  end
+  -- Whose own lease ran out was kept from talking, and so perhaps were the others. And just after a restart or a
+  -- failover every lease is old and nobody has reconnected yet: everybody gets the time of two leases to come back.
+  local spoke = tonumber(redis.call('ZSCORE', leases, engine) or now)
+  if #silent > 0 and now - spoke <= lease and now - server_since(now) >= 2 * lease then
+    local channels = {}
+    for i, other in ipairs(silent) do
+      channels[i] = 'rts:w:' .. other.engine
+    end
+    local listeners = redis.call('PUBSUB', 'NUMSUB', unpack(channels))
+    for i, other in ipairs(silent) do
+      if other.ms > lease or listeners[2 * i] == 0 then
+        dead[#dead + 1] = other.engine
       end
     end
   end

@@ -69,8 +69,9 @@ async def emit(
 async def populate(store: Store, engines: int) -> PubSub:
     """So many live engines that own one request each; nine times as many requests wait in lanes."""
     channels = store.client.pubsub()
-    await channels.subscribe(*[keys.control_channel(f"e{i}") for i in range(engines)])
-    for _ in range(engines):
+    names = [*(f"e{i}" for i in range(engines)), "mine"]
+    await channels.subscribe(*map(keys.control_channel, names))
+    for _ in names:
         assert await channels.get_message(timeout=5)
     for i in range(engines):
         await store.heartbeat(MODEL, VERSION, f"e{i}", card(f"e{i}"))

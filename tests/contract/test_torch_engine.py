@@ -189,6 +189,22 @@ def test_a_preempted_sequence_finds_what_it_had_computed() -> None:
     expected(model, high, 20).check(tokens["high"])
 
 
+def test_who_waits_for_its_first_room_says_so() -> None:
+    model = tiny_model("llama")
+    texts = prompts(9, VOCAB, (70, 70))
+    engine = engine_of(model, batch=2, blocks=blocks_for(90) + 1)
+    for rid, text in zip(("first", "second"), texts, strict=True):
+        engine.add(EngineRequest(rid, text, greedy(20)))
+    said: dict[str, list[int]] = {"first": [], "second": []}
+    while outputs := engine.step():
+        for output in outputs:
+            said[output.rid].append(output.prefilled)
+    assert WAITS not in said["first"]
+    # In every step of the other one, and in none of its own.
+    assert said["second"][: len(said["first"])] == [WAITS] * len(said["first"])
+    assert WAITS not in said["second"][len(said["first"]) :]
+
+
 def test_what_was_found_is_no_progress_until_a_step_was_survived() -> None:
     model = tiny_model("llama")
     texts = prompts(6, VOCAB - 10, (3 * BLOCK_SIZE,))

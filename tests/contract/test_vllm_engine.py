@@ -83,6 +83,18 @@ def test_a_sequence_that_was_preempted_says_that_it_waits() -> None:
         engine.close()
 
 
+def test_who_waits_for_its_first_place_says_so() -> None:
+    engine = pooled(4, 256)
+    for number in range(5):
+        # Of a batch of four.
+        engine.add(ask(str(number), 10))
+    first = {output.rid: output.prefilled for output in engine.step()}
+    assert first.pop("4") == WAITS
+    assert WAITS not in first.values()
+    drain(engine)
+    engine.close()
+
+
 def test_an_end_that_only_vllm_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = pooled(4, 256)
     engine.add(ask("a", 50))

@@ -410,6 +410,42 @@ async def test_the_last_engine_waits_for_what_it_handed_back(opened: Store) -> N
     await opened.cancel("r", "")
 
 
+async def test_what_is_taken_over_runs_before_all_of_it_was_read(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read what others generated takes its time, and the lease is renewed by steps alone."""
+    for number in range(4):
+        had = [messages.Token(0, 5, "x")] * 3
+        request = Request(1, f"r{number}", "echo", "1", "someone", [1, 2, 3], Sampling(5, seed=7))
+        await enqueue(opened, request, had=had)
+    read, seen = opened.read_log, []
+
+    async def read_slowly(rid: str, after: int, *rest: Any) -> Any:
+        seen.append(await opened.client.hget(keys.request("r0"), "st"))
+        await asyncio.sleep(0.05)
+        return await read(rid, after, *rest)
+
+    monkeypatch.setattr(opened, "read_log", read_slowly)
+    async with worker(opened):
+        await until_state(opened, "r3", b"e")
+    # It ends in two steps: before the last one was read.
+    assert (len(seen), seen[-1]) == (4, b"e")
+
+
+async def test_a_log_that_is_another_runs_by_now_holds_nobody_up(opened: Store) -> None:
+    """Taken over after three tokens; then it was cancelled, run anew, and cancelled again."""
+    async with worker(opened) as rig:
+        await opened.client.xadd(
+            keys.log("r"), {"d": messages.encode(messages.End(1, "cancelled"))}, id="0-1"
+        )
+        async with asyncio.timeout(5):
+            assert await rig.intake._open(Taken("r", 2, request_body(), 3, 1, 0, 0, 0)) is None
+
+
+def request_body() -> bytes:
+    return messages.encode(Request(1, "r", "echo", "1", "someone", [1, 2, 3], Sampling(9)))
+
+
 async def test_an_end_that_redis_lost_is_said_again(opened: Store) -> None:
     """Its last tokens are there: nothing is left to be generated."""
     async with worker(opened) as rig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections import defaultdict
 from functools import cache
@@ -19,6 +21,7 @@ _started: dict[tuple[int, int], list[Any]] = defaultdict(list)
 def folder(context: int) -> Path:
     """A tiny Llama with this context length, made once."""
     path = Path(tempfile.mkdtemp(prefix="vllm-test-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
     # vLLM has no attention kernel for smaller heads.
     save(tiny_model("llama", hidden_size=128, max_position_embeddings=context), path)
     return path

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import poison_engine
 import pytest
 import redis
@@ -21,6 +22,7 @@ from cluster import ROOT, Cluster
 from gateway_site import letters, read_events, until
 
 from realtime_serve.redis_server import RedisServer, find_binary
+from shared import messages
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 
@@ -195,6 +197,26 @@ async def test_a_replay_that_kills_again_is_a_new_letter(
         await until(lambda: is_listed(place, rid), 30)
     place.switch.unlink()
     assert place.dead("replay", rid).status == 0
+    assert await place.result(http, rid) == letters(9, 12)
+
+
+async def test_a_letter_of_another_request_under_the_same_id_stays(
+    place: Place, http: aiohttp.ClientSession
+) -> None:
+    """A key that was used for something else before, long ago."""
+    rid = await place.fail(http)
+    with redis.Redis.from_url(place.cluster.redis.url) as client:
+        ((_, letter),) = client.xrange("rts:dead")  # type: ignore[misc]
+        request = messages.decode(letter[b"body"], messages.Request)
+        other = messages.encode(msgspec.structs.replace(request, prompt=[5]))
+        client.delete("rts:dead")
+        for body in (other, letter[b"body"], letter[b"body"]):
+            client.xadd("rts:dead", {**letter, b"body": body})
+        done = place.dead("replay", rid)
+        assert done.status == 0
+        assert "1 older letters are of another request under this id" in done.out
+        ((_, left),) = client.xrange("rts:dead")  # type: ignore[misc]
+        assert left[b"body"] == other
     assert await place.result(http, rid) == letters(9, 12)
 
 

@@ -88,7 +88,7 @@ class StepOutput:
         prefilled: rows of prompt + generated in the KV cache: progress before the first token.
             The last of them was computed in this step, also where the others were in the cache
             already: what counts as progress is a step that the engine survived. WAITS
-            (shared.messages): it gave them up, and waits for room to compute them again.
+            (shared.messages): it waits for room, before its first row or having given all up.
         finish: None while the sequence goes on. "stop": an end id; "length": max_tokens or the
             context length was reached; "error": this sequence failed (others go on).
         error: a sentence, only with finish == "error".

@@ -109,10 +109,6 @@ class Scheduler:
             self.pool.release(sequence.blocks)
             self._preempted.discard(rid)
 
-    def displaced(self) -> list[str]:
-        """Those that ran, gave up their blocks, and wait for others."""
-        return [rid for rid in self._preempted if rid in self.waiting]
-
     def publish(self, sequence: Sequence) -> None:
         """Lets others find the full blocks of a sequence; called once a token has come out of it.
 

@@ -278,7 +278,7 @@ class TorchEngine:
         self._ended.clear()
         works = self._scheduler.schedule()
         # Whoever watches a stream must not take this for an engine that has forgotten it.
-        outputs += [StepOutput(rid, [], WAITS) for rid in self._scheduler.displaced()]
+        outputs += [StepOutput(rid, [], WAITS) for rid in self._scheduler.waiting]
         if not works:
             return outputs
         self._stats.steps += 1

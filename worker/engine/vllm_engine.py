@@ -55,12 +55,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A sequence, and what vLLM calls it. began: it has had a place in the batch."""
+    """A sequence, and what vLLM calls it."""
 
     sequence: Sequence
     name: str
     preemptions: int = field(default=0)
-    began: bool = field(default=False)
 
 
 class VllmEngine:
@@ -178,13 +177,13 @@ class VllmEngine:
             request = running.get(entry.name)
             if request is not None:
                 self._stats.preemptions += request.num_preemptions - entry.preemptions
-                entry.preemptions, entry.began = request.num_preemptions, True
+                entry.preemptions = request.num_preemptions
             if rid in told:
                 continue
             if request is not None:
                 # A long prompt is read in pieces: without a word it would be taken for hung.
                 outputs.append(StepOutput(rid, [], request.num_computed_tokens))
-            elif entry.began:
+            else:
                 outputs.append(StepOutput(rid, [], WAITS))
         return outputs
 
