@@ -95,7 +95,7 @@ class Edge:
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
 
-    async def withdraw(self, rid: str, caller: str) -> str:
+    async def withdraw(self, rid: str, caller: str, run: bytes) -> str:
         """Cancels a request that nobody waits for, in spite of a short outage.
 
         Returns what Store.cancel does, or "" where it failed: then the request ends by its
@@ -103,7 +103,7 @@ class Edge:
         """
         for _ in range(WITHDRAW_TRIES):
             with contextlib.suppress(StoreUnavailable):
-                return await self.store.cancel(rid, caller)
+                return await self.store.cancel(rid, caller, run=run)
             await asyncio.sleep(0.5)
         return ""
 

@@ -45,6 +45,10 @@ class RequestGone(RtsError):
     """The request was there, but its tokens are not kept any more."""
 
 
+ANOTHER_RUN = "This run of the request ended, and it was run again under the same Idempotency-Key"
+"""What RequestGone says of one that failed."""
+
+
 class IdempotencyConflict(RtsError):
     """The Idempotency-Key was used for another request."""
 

@@ -20,6 +20,7 @@ ALLOWED = (
     "X-Queue-Status",
     "X-Request-Id",
     "X-Resumable",
+    "X-Stream-Run",
     "X-Timeout-S",
 )
 """What browsers of other origins may send."""
@@ -27,6 +28,7 @@ ALLOWED = (
 _LABEL = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 _KEY = re.compile(r"[\x21-\x7e]{1,256}", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?", re.ASCII)
+_RUN = re.compile(r"[0-9A-Za-z-]{1,64}", re.ASCII)
 _EVENT_ID = re.compile(r"[0-9]{1,15}", re.ASCII)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
@@ -88,6 +90,20 @@ def read_last_event_id(request: web.Request) -> int | None:
             "Last-Event-ID",
         )
     return int(text)
+
+
+def read_stream_run(request: web.Request) -> bytes:
+    """Which run of a request the client is about, as X-Stream-Run told it; b"": whichever is there.
+
+    Raises:
+        InvalidRequest: this server did not tell it that.
+    """
+    text = request.headers.get("X-Stream-Run", "")
+    if text and not _RUN.fullmatch(text):
+        raise InvalidRequest(
+            f"X-Stream-Run must be that of a response, not {text[:64]!r}", "X-Stream-Run"
+        )
+    return text.encode()
 
 
 def wants_queue_status(request: web.Request) -> bool:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import msgspec
 
-from gateway.errors import RequestGone
+from gateway.errors import ANOTHER_RUN, RequestGone
 from gateway.pubsub import PubSubConnection
 from gateway.recovery import RETRY_S, Recovery
 from shared import keys, messages
@@ -42,14 +42,21 @@ class Subscription:
 
     Attributes:
         last: number of the last token handed out.
-        run: which run of the request it reads; None: not known yet, or an older release's.
+        run: which run of the request it reads, as State.run; None: not known yet.
         recovery: queues the request again where Redis has lost it; None: somebody else may.
         heard_at: when a message came. checked_at: when its log was asked for.
         known_at: when Redis said that the request waits or runs. All in the event loop's time.
     """
 
     def __init__(
-        self, rid: str, after: int, hub: Hub, *, replay: bool, close: Callable[[Subscription], None]
+        self,
+        rid: str,
+        after: int,
+        hub: Hub,
+        *,
+        replay: bool,
+        run: bytes | None,
+        close: Callable[[Subscription], None],
     ) -> None:
         self.rid = rid
         self.last = after
@@ -63,7 +70,7 @@ class Subscription:
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self.run: bytes | None = None
+        self.run = run
         self.recovery: Recovery | None = None
         self.heard_at = self.known_at = self._loop.time()
         self.checked_at = 0.0
@@ -183,9 +190,10 @@ class Subscription:
     def _begins(self, entry: messages.Entry) -> bool:
         return isinstance(entry.event, messages.Tokens) and entry.event.first == 1
 
-    def _is_another(self, run: bytes | None) -> bool:
+    def _is_another(self, run: bytes) -> bool:
         """Whether the request is in another run than the one that is read."""
-        self.run = self.run or run
+        if self.run is None:
+            self.run = run
         return run != self.run
 
     async def _recover(self) -> None:
@@ -219,8 +227,11 @@ class Subscription:
         if state is None:
             self.lost()
             return
+        if self._is_another(state.run):
+            self.resync()
+            return
         self._note(state)
-        if self._over or state.seq > self.last or self._is_another(state.run):
+        if self._over or state.seq > self.last:
             self.resync()
 
     def _note(self, state: State) -> None:
@@ -243,7 +254,11 @@ class Subscription:
             raise
         if state is not None:
             if self._is_another(state.run):
-                raise RequestGone("This request ended, and was run again under the same name")
+                if self.recovery is None or not state.ended:
+                    raise RequestGone(ANOTHER_RUN)
+                # Redis has gone back to a time before this run.
+                self._lost = True
+                return
             self._note(state)
         self._lost = state is None and not entries
         self._gone = self._over and not entries
@@ -310,13 +325,16 @@ class Hub:
         """Stops, leaving no task behind."""
         await end(*self._tasks)
 
-    async def subscribe(self, rid: str, after: int = 0, *, replay: bool = False) -> Subscription:
+    async def subscribe(
+        self, rid: str, after: int = 0, *, replay: bool = False, run: bytes | None = None
+    ) -> Subscription:
         """Opens a reader; returns once Redis has confirmed that messages will come.
 
         Args:
             rid: the request.
             after: number of the last token the reader already has.
             replay: read what the log holds first; for a request that may be running already.
+            run: which run of it the reader wants; None: the one that is found.
 
         Raises:
             StoreUnavailable: there is no connection, or no confirmation in time.
@@ -326,7 +344,7 @@ class Hub:
         if channel is None:
             channel = self._channels[name] = _Channel()
             self._connection.subscribe(name)
-        reader = Subscription(rid, after, self, replay=replay, close=self._forget)
+        reader = Subscription(rid, after, self, replay=replay, run=run, close=self._forget)
         channel.readers.append(reader)
         if not channel.confirmed:
             waiter = asyncio.get_running_loop().create_future()

@@ -25,6 +25,7 @@ log = logging.getLogger("gateway.access")
 _ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
 """Answered even with too many connections."""
 _WHILE_DRAINING = _ALWAYS | {"/health", "/status"}
+_OWN = ("X-Request-Id", "X-Stream-Id", "X-Stream-Run")
 _QUIET = frozenset({"/livez", "/readyz", "/metrics", "/health", "/status"})
 """Asked for every few seconds by machines: not worth a line at the usual level."""
 
@@ -37,6 +38,7 @@ class Trail:
         rid: the id of the request it may put on the queue.
         label: what X-Request-Id says: the client's own, or a proxy's; else the rid.
         stream_id: what X-Stream-Id says: the rid of the request that is answered, "" without one.
+        stream_run: what X-Stream-Run says: which run of it.
         started: when it arrived, in the event loop's time.
         facts: for the log line.
     """
@@ -45,7 +47,13 @@ class Trail:
     label: str
     started: float
     stream_id: str = ""
+    stream_run: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def is_about(self, rid: str, run: bytes | None) -> None:
+        """The answer is of this request."""
+        self.stream_id, self.stream_run = rid, (run or b"").decode()
+        self.facts["rid"] = rid
 
 
 TRAIL = web.RequestKey("trail", Trail)
@@ -74,7 +82,7 @@ class Cors:
             return {"Vary": "Origin"}
         return {
             **allowed,
-            "Access-Control-Expose-Headers": ", ".join(("X-Request-Id", "X-Stream-Id", *EXPOSED)),
+            "Access-Control-Expose-Headers": ", ".join((*_OWN, *EXPOSED)),
         }
 
     def preflight(self, request: web.Request) -> web.Response | None:
@@ -124,6 +132,8 @@ def install(app: web.Application, settings: Settings) -> None:
             response.headers["X-Request-Id"] = trail.label
             if trail.stream_id:
                 response.headers["X-Stream-Id"] = trail.stream_id
+            if trail.stream_run:
+                response.headers["X-Stream-Run"] = trail.stream_run
         response.headers.update(cors.headers(request))
         response.headers["Server"] = SERVER
         if request.app[EDGE].leaving:

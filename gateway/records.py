@@ -12,7 +12,7 @@ from shared.store import Store, unavailable
 
 _RID_LENGTH = 32
 _FIELDS = (
-    *("st", "mv", "cls", "caller", "seq", "pt", "tk", "reason", "view"),
+    *("st", "mv", "cls", "caller", "seq", "pt", "tk", "reason", "view", "run"),
     *("t0", "t1", "t2", "t3", "dl"),
 )
 _STATES = {b"w": "queued", b"r": "running"}
@@ -30,12 +30,14 @@ class Record:
 
     Attributes:
         state: queued, running, completed, cancelled, failed. reason: of its end, or "".
-        seq: number of its last token. ticket: its number in the queue, against the queue's head.
+        run: as State.run. seq: number of its last token.
+        ticket: its number in the queue, against the queue's head.
         times: Unix ms of t0 accepted, t1 taken, t2 first token, t3 ended; those that have come.
         log_exists: its tokens can still be read.
     """
 
     rid: str
+    run: bytes
     state: str
     mv: str
     cls: str
@@ -87,6 +89,7 @@ async def read_record(store: Store, text: str, caller: str) -> Record:
     reason = (values["reason"] or b"").decode()
     return Record(
         rid=rid,
+        run=values["run"] or b"",
         state=_ENDED.get(reason, "failed") if reason else _STATES.get(values["st"], "running"),
         mv=values["mv"].decode(),
         cls=values["cls"].decode(),

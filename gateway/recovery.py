@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from gateway.errors import ANOTHER_RUN, RequestGone
 from shared import messages
 from shared.errors import LogExpired, StoreUnavailable
 from shared.store import Enqueued
@@ -36,7 +37,7 @@ class Enqueue(Protocol):
         had: Sequence[messages.Token],
         strict: bool,
     ) -> Enqueued:
-        """As Store.enqueue, which says the errors, too: with `had` it is always accepted."""
+        """As Store.enqueue, which says the errors, too."""
         ...
 
 
@@ -75,6 +76,7 @@ class Recovery:
 
         Raises:
             LogExpired: it may have ended and been forgotten since then, or its deadline has passed.
+            RequestGone: another run of it is there by now.
         """
         clock = asyncio.get_running_loop().time
         if clock() - known_at > self._keep_s:
@@ -106,7 +108,8 @@ class Recovery:
         call = self._enqueue(request, timeout_ms=timeout_ms, had=self._had(), strict=False)
         attempt = asyncio.ensure_future(call)
         try:
-            await asyncio.shield(attempt)
+            if (await asyncio.shield(attempt)).outcome == "conflict":
+                raise RequestGone(ANOTHER_RUN)
         except asyncio.CancelledError:
             # Its client went. What takes the request back must not come before it.
             await asyncio.wait([attempt])

@@ -45,8 +45,8 @@ async def generate(request: web.Request, order: Order) -> web.StreamResponse:
     ticket = await submit(edge, order, Sender(caller, trail.rid, label, terms))
     subject = ticket.subject
     trail.label = label or subject.rid
-    trail.stream_id = subject.rid
-    trail.facts.update(rid=subject.rid, prompt_tokens=subject.prompt_tokens)
+    trail.is_about(subject.rid, ticket.subscription.run)
+    trail.facts.update(prompt_tokens=subject.prompt_tokens)
     if ticket.attached:
         edge.metrics.resumes += 1
     meter = edge.metrics.meter(

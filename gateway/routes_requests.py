@@ -7,8 +7,8 @@ from typing import Any
 from aiohttp import web
 
 from gateway.edge import EDGE, Edge
-from gateway.errors import RequestGone, RequestNotFound
-from gateway.headers import read_last_event_id, wants_queue_status
+from gateway.errors import ANOTHER_RUN, RequestGone, RequestNotFound
+from gateway.headers import read_last_event_id, read_stream_run, wants_queue_status
 from gateway.middleware import TRAIL, json_response
 from gateway.records import Record, read_record
 from gateway.relay import Listening, Relay
@@ -36,7 +36,8 @@ async def cancel(request: web.Request) -> web.StreamResponse:
     """Ends the request; one that had ended before stays as it is."""
     edge = request.app[EDGE]
     record, caller = await _find(request)
-    if await edge.store.cancel(record.rid, caller) == "unknown":
+    run = read_stream_run(request)
+    if await edge.store.cancel(record.rid, caller, run=run) == "unknown":
         raise RequestNotFound(record.rid)
     return json_response(await _describe(edge, await read_record(edge.store, record.rid, caller)))
 
@@ -55,7 +56,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
             f"Last-Event-ID {after} is beyond this stream, which has {record.seq} tokens",
             "Last-Event-ID",
         )
-    subscription = await edge.hub.subscribe(record.rid, after or 0, replay=True)
+    subscription = await edge.hub.subscribe(record.rid, after or 0, replay=True, run=record.run)
     try:
         await edge.store.heard(record.rid)
     except BaseException:
@@ -82,8 +83,8 @@ async def resume(request: web.Request) -> web.StreamResponse:
         queue_status=queue_status,
     )
     relay = Relay(edge, listening)
-    trail.stream_id = record.rid
-    trail.facts.update(rid=record.rid, model=record.view.model, after=after or 0)
+    trail.is_about(record.rid, record.run)
+    trail.facts.update(model=record.view.model, after=after or 0)
     try:
         return await relay.stream({})
     finally:
@@ -93,7 +94,11 @@ async def resume(request: web.Request) -> web.StreamResponse:
 async def _find(request: web.Request) -> tuple[Record, str]:
     edge = request.app[EDGE]
     caller = edge.callers.caller(request)
-    return await read_record(edge.store, request.match_info["id"], caller), caller
+    run = read_stream_run(request)
+    record = await read_record(edge.store, request.match_info["id"], caller)
+    if run not in (b"", record.run):
+        raise RequestGone(ANOTHER_RUN)
+    return record, caller
 
 
 async def _describe(edge: Edge, record: Record) -> dict[str, Any]:

@@ -177,12 +177,13 @@ class _Admission:
         if answer.outcome != "accepted" and self._charged:
             edge.send(self._undo())
         if answer.outcome in ("accepted", "attached"):
+            if self._sender.terms.idempotency_key is not None:
+                subscription.forget()
             if answer.outcome == "attached":
-                subscription.resync()
+                subscription.run = answer.run
                 edge.send(edge.store.heard(rid))
             else:
-                if self._sender.terms.idempotency_key is not None:
-                    subscription.forget()
+                subscription.run = self._attempt.encode()
                 # Not of what was attached to: that may be another version's, and has its deadline.
                 subscription.recovery = self._recovery()
             view = answer.view or self._request.view(resumable=self._kept)

@@ -66,11 +66,13 @@ class Enqueued:
     Attributes:
         outcome: accepted, attached (the same request is there), conflict (the id is taken by
             another), closed (the version takes no requests), full.
-        view: of the request that is there when attached. waiting: how many wait when full.
+        view: of the request that is there when attached. run: its State.run. waiting: how many wait
+            when full.
     """
 
     outcome: str
     view: messages.View | None = None
+    run: bytes = b""
     waiting: int = 0
 
 
@@ -80,12 +82,13 @@ class State:
 
     Attributes:
         ended: nothing will follow. seq: number of its last token.
-        run: another one each time that a request which failed runs anew; None: an older release's.
+        run: another one each time that a request which failed runs anew, named by the attempt that
+            queued it; b"": release 0.1 did.
     """
 
     ended: bool
     seq: int
-    run: bytes | None
+    run: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +185,13 @@ _LIMITED = ("", "requests", "tokens", "size")
 def _enqueued(reply: list[Any]) -> Enqueued:
     outcome = _ENQUEUED[reply[0]]
     if outcome == "attached":
-        return Enqueued(outcome, view=messages.decode(reply[1], messages.View))
+        return Enqueued(outcome, messages.decode(reply[1], messages.View), reply[2])
     return Enqueued(outcome, waiting=reply[1])
 
 
 def _state(row: list[Any]) -> State | None:
     state, seq, run = row
-    return None if state is None else State(state == b"e", int(seq or 0), run)
+    return None if state is None else State(state == b"e", int(seq or 0), run or b"")
 
 
 def _xrange(client: Any, rid: str, after: int, most: int) -> Any:
@@ -381,7 +384,8 @@ class Store:
         """Puts a request on its queue, or says why not. The same one again is `attached`.
 
         A repeated call of the same `attempt` is `accepted` as the first one was. With `had` it is
-        one that was accepted and that Redis has lost since: it goes on after these tokens of it.
+        one that was accepted and that Redis has lost since: it goes on after these tokens of it; a
+        conflict is then another run of it.
 
         Raises:
             NotReplicated: `strict`, and no replica has it. It may be queued nevertheless.
@@ -416,9 +420,14 @@ class Store:
         async with self._replica_waits:
             return await self._run[name].replicated(*args)
 
-    async def cancel(self, rid: str, caller: str, reason: str = "cancelled") -> str:
-        """Ends a request: unknown (or another caller's), cancelled, or ended (before)."""
-        code = await self._run["cancel"](rid, caller, reason)
+    async def cancel(
+        self, rid: str, caller: str, reason: str = "cancelled", run: bytes = b""
+    ) -> str:
+        """Ends a request: unknown (or another caller's), cancelled, or ended (before).
+
+        With `run` that run only: said twice it does not end the next one.
+        """
+        code = await self._run["cancel"](rid, caller, reason, run)
         return ("unknown", "cancelled", "ended")[code]
 
     async def heard(self, rid: str) -> None:

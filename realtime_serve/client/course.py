@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from realtime_serve.client import errors
 from realtime_serve.client.answers import Token
 from realtime_serve.client.transcript import Event, EventReader, Transcript
-from realtime_serve.client.wire import Reply, Wire, request_path
+from realtime_serve.client.wire import Reply, Wire, of_run, request_path
 
 LASTING_S = 1.0
 """Age of a connection from which on its signs of life are progress."""
@@ -18,11 +18,17 @@ LASTING_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """A request to be made. key: its Idempotency-Key, so that it is made once."""
+    """A request to be made.
+
+    Attributes:
+        key: its Idempotency-Key, so that it is made once. shared: others may have it, too, so who
+            leaves early does not end it for all.
+    """
 
     path: str
     body: bytes
     key: str
+    shared: bool = False
 
 
 class Course:
@@ -47,6 +53,7 @@ class Course:
         self._reader = EventReader()
         self._events: deque[Event] = deque()
         self._opened = False
+        self._run = ""
         self._failure: errors.APIError | None = None
         self._left = False
 
@@ -86,18 +93,18 @@ class Course:
         """Closes the connection. Idempotent.
 
         Args:
-            cancel: end the request too, if this client made it and it has not ended.
+            cancel: end the request too, if this client alone made it and it has not ended.
         """
         if self.over:
             return
         self._left = True
         self._hang_up()
-        cancel = cancel and self._post is not None
+        cancel = cancel and self._post is not None and not self._post.shared
         if self._posting is not None:
             posting, self._posting = self._posting, None
             self._wire.abandon(posting, cancel=cancel)
         elif cancel and self.transcript.request_id:
-            self._wire.withdraw(self.transcript.request_id)
+            self._wire.withdraw(self.transcript.request_id, self._run)
 
     async def _step(self) -> list[Token]:
         """Opens a connection or reads from it, and bears what goes wrong as long as it may."""
@@ -131,7 +138,7 @@ class Course:
             self._posting = None
             reply = posting.result()
         else:
-            headers = {"Last-Event-ID": str(self.transcript.last)}
+            headers = {"Last-Event-ID": str(self.transcript.last), **of_run(self._run)}
             try:
                 reply = await self._wire.open("GET", f"{request_path(rid)}/stream", headers)
             except (errors.NotFoundError, errors.BadRequestError) as error:
@@ -151,6 +158,7 @@ class Course:
             reply.close()
             raise errors.APIError("The server did not answer with a stream", code="no_stream")
         self.transcript.request_id = rid or reply.request_id
+        self._run = reply.run
         self._reply, self._opened = reply, True
         self._connected_at = time.monotonic()
 

@@ -144,9 +144,9 @@ def of_event(problem: Problem, request_id: str) -> APIError:
     """The error that an event of a stream tells."""
     code = str(problem.code or "")
     default = BadRequestError if problem.type == "invalid_request_error" else ServerError
-    return _OF_CODE.get(code, default)(
-        problem.message, code=code, param=problem.param, request_id=request_id
-    )
+    # What was under way is lost; in reply to a request it means that there is none.
+    cls = StreamLostError if code == "request_gone" else _OF_CODE.get(code, default)
+    return cls(problem.message, code=code, param=problem.param, request_id=request_id)
 
 
 def is_passing(error: APIError) -> bool:

@@ -25,8 +25,8 @@ class Options(TypedDict, total=False):
         seed: the same one gives the same answer. stop: up to 4 strings.
         priority: high, normal or low. timeout_s: deadline at the server, queue included.
         idempotency_key: with the same key and the same request again, the answer is the same
-            one and nothing runs twice; who closes its stream early cancels it for all who read it,
-            who detaches does not. By default each request has a key of its own.
+            one and nothing runs twice; leaving its stream early does not cancel it. By default
+            each request has a key of its own.
     """
 
     model: Required[str]
@@ -86,11 +86,12 @@ class Orders:
 
     def _make(self, path: str, body: Mapping[str, Any], options: Options) -> Course:
         fields: dict[str, Any] = dict(options)
-        key = fields.pop("idempotency_key", None) or secrets.token_hex(16)
+        key = fields.pop("idempotency_key", None)
         given = {name: value for name, value in fields.items() if value is not None}
         # Not msgspec: it makes null of NaN, and the server could not refuse it.
         data = json.dumps({**body, **given}).encode()
-        return self._keep(Course(self._wire, Post(path, data, key)))
+        post = Post(path, data, key or secrets.token_hex(16), shared=bool(key))
+        return self._keep(Course(self._wire, post))
 
     def _keep(self, course: Course) -> Course:
         with self._lock:

@@ -105,13 +105,14 @@ class Reply:
     """A response whose status was good.
 
     Attributes:
-        request_id: of X-Stream-Id, or "".
+        request_id: of X-Stream-Id, or "". run: which run of it, as this server calls it, or "".
     """
 
     def __init__(self, response: aiohttp.ClientResponse, failed: Callable[[], None]) -> None:
         self._response = response
         self._failed = failed
         self.request_id = errors.request_id_of(response.headers)
+        self.run = response.headers.get("X-Stream-Run", "")
         self.is_stream = response.content_type == "text/event-stream"
 
     async def some(self) -> bytes:
@@ -206,7 +207,13 @@ class Wire:
             self._failed(index)
         raise refused
 
-    async def call(self, method: str, path: str, patience_s: float | None = None) -> bytes:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        patience_s: float | None = None,
+    ) -> bytes:
         """The body of a reply to a question that may be asked twice.
 
         Raises:
@@ -215,7 +222,7 @@ class Wire:
         patience = self.patience(patience_s)
         while True:
             try:
-                reply = await self.open(method, path)
+                reply = await self.open(method, path, headers)
                 try:
                     return await reply.whole()
                 finally:
@@ -226,10 +233,10 @@ class Wire:
                     raise
             await asyncio.sleep(pause_s)
 
-    def withdraw(self, request_id: str) -> None:
-        """Cancels a request in the background."""
+    def withdraw(self, request_id: str, run: str) -> None:
+        """Cancels this run of a request in the background."""
         if not self.closed:
-            self._send(self._withdraw(request_id))
+            self._send(self._withdraw(request_id, run))
 
     def abandon(self, posting: asyncio.Task[Reply], *, cancel: bool) -> None:
         """Awaits in the background an answer that nobody waits for any more.
@@ -264,11 +271,11 @@ class Wire:
             return
         reply.close()
         if cancel and reply.request_id:
-            await self._withdraw(reply.request_id)
+            await self._withdraw(reply.request_id, reply.run)
 
-    async def _withdraw(self, request_id: str) -> None:
+    async def _withdraw(self, request_id: str, run: str) -> None:
         try:
-            await self.call("DELETE", request_path(request_id), LAST_WORDS_S)
+            await self.call("DELETE", request_path(request_id), of_run(run), LAST_WORDS_S)
         except (errors.APIError, RuntimeError) as error:
             # The server ends it by itself when nobody has listened for the grace time.
             log.info("request %s was not cancelled: %s", request_id, error)
@@ -304,6 +311,11 @@ def request_path(request_id: str) -> str:
     if not request_id:
         raise ValueError("request_id is empty")
     return f"/requests/{quote(request_id, safe='')}"
+
+
+def of_run(run: str) -> dict[str, str]:
+    """The headers by which a question is about this run of a request only."""
+    return {"X-Stream-Run": run} if run else {}
 
 
 def _base(url: str) -> str:

@@ -125,24 +125,28 @@ local function engine_of(owner)
   return string.sub(owner, string.find(owner, ':', 1, true) + 1)
 end
 
+-- Whether a request that is there may run anew: it failed, or its tokens are gone.
+local function runs_anew(rid, st, reason)
+  return st == 'e' and ((reason ~= 'stop' and reason ~= 'length') or redis.call('EXISTS', 'rts:l:' .. rid) == 0)
+end
+
 -- What a repeated Idempotency-Key finds under its id: nil nothing, so that it may run; or the reply of
--- enqueue and attach. A request that failed runs anew, and so does one whose tokens are gone. Whoever attaches
--- makes it its own: the attempt that queued it may have been given up, and be taken back late. Whoever asks for
--- the longest grace time gets it.
+-- enqueue and attach. Whoever attaches makes it its own: the attempt that queued it may have been given up, and be
+-- taken back late. Whoever asks for the longest grace time gets it.
 local function present(rid, caller, digest, grace)
   local key = 'rts:r:' .. rid
-  local v = redis.call('HMGET', key, 'caller', 'dig', 'st', 'reason', 'view', 'grace')
+  local v = redis.call('HMGET', key, 'caller', 'dig', 'st', 'reason', 'view', 'grace', 'run')
   if not v[1] then
     return nil
   end
   if v[1] ~= caller or v[2] ~= digest then
     return {2, 0}
   end
-  if v[3] == 'e' and ((v[4] ~= 'stop' and v[4] ~= 'length') or redis.call('EXISTS', 'rts:l:' .. rid) == 0) then
+  if runs_anew(rid, v[3], v[4]) then
     return nil
   end
   redis.call('HSET', key, 'att', '', 'grace', int(math.max(tonumber(v[6]), tonumber(grace))))
-  return {1, v[5]}
+  return {1, v[5], v[7] or ''}
 end
 
 -- Takes a charge, or a part of it, out of a caller's buckets. Returns 0 if they are full anyway.

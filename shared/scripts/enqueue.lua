@@ -8,26 +8,27 @@
 --       12 most waiting, 13 most waiting bytes, 14 messages.View, readable as long as the hash is;
 --       15 of a request that was accepted and that Redis has lost: number of the last token its reader has,
 --       16.. these tokens, in pairs: number of the last one, messages.Tokens
--- What was accepted is queued again whatever the limits are, and whether the version is closed.
+-- What was accepted is queued again whatever the limits are, and whether the version is closed; not where
+-- somebody else's run of it is there by now, unless that failed: Redis has gone back to before this one then.
 -- Beyond the limits a caller with nothing waiting here still gets in, up to twice as many: one caller alone
 -- locks nobody out.
--- Returns {0, 0} accepted, also when this attempt had been before; {1, messages.View} the same request is
+-- Returns {0, 0} accepted, also when this attempt had been before; {1, messages.View, run} the same request is
 --   there already; {2, 0} the id is taken by another; {3, 0} the version takes no requests; {4, waiting} full.
 local rid, mv, cls, caller = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local key = 'rts:r:' .. rid
-local earlier = redis.call('HMGET', key, 'att', 'ep')
+local last = ARGV[15]
+local earlier = redis.call('HMGET', key, 'run', 'ep', 'st', 'reason')
 if earlier[1] == ARGV[11] then
   return {0, 0}
 end
-if ARGV[15] and earlier[1] then
-  -- It is not lost, whatever became of it.
-  return {0, 0}
+if not last then
+  local there = present(rid, caller, ARGV[5], ARGV[8])
+  if there then
+    return there
+  end
+elseif earlier[3] and not runs_anew(rid, earlier[3], earlier[4]) then
+  return {2, 0}
 end
-local there = present(rid, caller, ARGV[5], ARGV[8])
-if there then
-  return there
-end
-local last = ARGV[15]
 if not last and redis.call('EXISTS', 'rts:open:' .. mv) == 0 then
   return {3, 0}
 end

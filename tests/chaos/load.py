@@ -63,6 +63,7 @@ class Stream:
     pause_at: int = 0
     priority: str = "normal"
     rid: str = ""
+    run: str = ""
     text: str = ""
     seen: int = 0
     had: str = ""
@@ -340,7 +341,7 @@ class Load:
             stream,
             "GET",
             f"{url}/requests/{stream.rid}/stream",
-            headers={"Last-Event-ID": str(stream.seen)},
+            headers={"Last-Event-ID": str(stream.seen), "X-Stream-Run": stream.run},
         )
 
     async def _read(self, stream: Stream, method: str, url: str, **fields: Any) -> None:
@@ -355,6 +356,7 @@ class Load:
                 if reply.status != 200:
                     self._refused(stream, reply, await reply.text(), time.monotonic() - asked)
                 stream.rid = stream.rid or reply.headers["X-Stream-Id"]
+                stream.run = reply.headers.get("X-Stream-Run", "")
                 if stream.kind == "infer":
                     self._whole(stream, await reply.json())
                     return

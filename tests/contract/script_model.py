@@ -354,11 +354,15 @@ class Model:
     def enqueue(self, job: Job, *, was_accepted: bool = False) -> str:
         if job.rid in self.jobs:
             old = self.jobs[job.rid]
-            if old.attempt == job.attempt:
+            if old.run == job.attempt:
                 return "accepted"
-            if (old.caller, old.digest) != (job.caller, job.digest):
+            failed = old.state == "e" and old.reason not in ("stop", "length")
+            if was_accepted:
+                if not failed:
+                    return "conflict"
+            elif (old.caller, old.digest) != (job.caller, job.digest):
                 return "conflict"
-            if old.state != "e" or old.reason in ("stop", "length"):
+            elif not failed:
                 old.attempt = ""
                 old.grace = max(old.grace, job.grace)
                 return "attached"
@@ -399,18 +403,16 @@ class Model:
             self.noted = self.server
 
     def _dead_engines(self, engine: str) -> list[str]:
-        stalest = sorted(self.leases, key=lambda e: (self.leases[e], e))[:4]
-        dead = []
-        for other in stalest:
-            age = self.now - self.leases[other]
-            if other == keys.NOBODY:
-                dead.append(other)
-            elif other != engine and age > DOUBT_MS:
-                self.greet()
-                settled = self.now - self.since >= 2 * self.lease
-                if settled and (age > self.lease or other not in self.subscribed):
-                    dead.append(other)
-        return dead
+        stalest = sorted(self.leases, key=lambda e: (self.leases[e], e))
+        ages = {other: self.now - self.leases[other] for other in stalest}
+        dead = [keys.NOBODY] if keys.NOBODY in ages else []
+        silent = [e for e in stalest if e not in (keys.NOBODY, engine) and ages[e] > DOUBT_MS]
+        if not silent or ages.get(engine, 0) > self.lease:
+            return dead
+        self.greet()
+        if self.now - self.since < 2 * self.lease:
+            return dead
+        return dead + [e for e in silent if ages[e] > self.lease or e not in self.subscribed]
 
     def _level(self, job: Job) -> int:
         return max(0, job.cls - (self.now - job.t0) // self.aging)

@@ -364,6 +364,45 @@ async def test_what_may_have_ended_since_is_not_queued_again(
     reader.close()
 
 
+async def test_a_run_that_redis_has_gone_back_to_before_is_queued_again(
+    watchful: Hub, store: Store
+) -> None:
+    order = messages.Request(1, RID, "echo", "1", "someone", [1, 2], messages.Sampling(9))
+    terms: Any = {"cls": "normal", "timeout_ms": 30_000, "grace_ms": 5000, "keep_ms": 5000}
+    limits: Any = {"queue_limit": 9, "queue_bytes": 10**6, "resumable": True}
+    await store.client.set(keys.is_open("echo@1"), 1)
+    await store.enqueue(order, attempt="a0", **terms, **limits)
+    await store.cancel(RID, "someone")
+    reader = await recoverable(watchful, store)
+    reader.run = b"a1"
+    # What its reader has of it, Redis has not.
+    await store.client.publish(keys.log(RID), b"2-0 " + blob(1, 2))
+    assert (await reader.next()).seq == 2
+    reading = asyncio.create_task(read_all(reader))
+    await until(lambda: watchful.recoveries)
+    take = await store.take("echo@1", "e1", 4, lease_ms=3000, aging_ms=30_000)
+    assert [(taken.rid, taken.seq) for taken in take.requests] == [(RID, 2)]
+    await write(store, 3)
+    await end(store, 3)
+    assert await reading == ([3], "stop")
+    await store.client.flushall()
+
+
+async def test_a_run_in_whose_place_another_one_is_ends(watchful: Hub, store: Store) -> None:
+    reader = await recoverable(watchful, store)
+    reader.run = b"a1"
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    await clean(store)
+    await store.client.hset(keys.request(RID), mapping={"st": "r", "seq": 0, "run": "b"})
+    with pytest.raises(RequestGone):
+        await reader.recovery.run(reader.known_at, asyncio.Semaphore())  # type: ignore[union-attr]
+    with pytest.raises(RequestGone):
+        await read_all(reader)
+    reader.close()
+    await clean(store)
+
+
 async def test_what_ended_and_lost_its_log_is_not_queued_again(watchful: Hub, store: Store) -> None:
     reader = await recoverable(watchful, store)
     await write(store, 1)
@@ -394,7 +433,7 @@ async def test_what_ended_before_it_was_lost_is_not_queued_again(
         await end(store, 1 + gateway.hub.PAGE, live=False, reason="cancelled")
         if how == "compared":
             await store.client.delete(keys.log(RID))
-            reader.compared(State(ended=True, seq=0, run=None))
+            reader.compared(State(ended=True, seq=0, run=b""))
         else:
             reader.resync()
             assert (await reader.next()).seq == 2

@@ -202,8 +202,8 @@ async def test_enqueue_accepts_and_numbers(store: Store) -> None:
 
 
 async def test_enqueue_is_idempotent_in_every_state(store: Store) -> None:
-    await put(store, "r1")
-    there = Enqueued("attached", view=make_request("r1").view(resumable=False))
+    await put(store, "r1", attempt="a1")
+    there = Enqueued("attached", view=make_request("r1").view(resumable=False), run=b"a1")
     assert await put(store, "r1") == there
     await take(store)
     await emit(store, emission("r1", n=3))
@@ -299,10 +299,10 @@ async def test_a_repeated_id_whose_log_is_gone_runs_anew(store: Store, clock: Cl
 
 async def test_attach_queues_nothing(store: Store) -> None:
     assert await store.attach(make_request("r1"), grace_ms=0) is None
-    await put(store, "r1", resumable=True)
+    await put(store, "r1", resumable=True, attempt="a1")
     before = await read_state(store.client)
-    view = make_request("r1").view(resumable=True)
-    assert await store.attach(make_request("r1"), grace_ms=0) == Enqueued("attached", view=view)
+    there = Enqueued("attached", view=make_request("r1").view(resumable=True), run=b"a1")
+    assert await store.attach(make_request("r1"), grace_ms=0) == there
     assert await store.attach(make_request("r1", "bob"), grace_ms=0) == Enqueued("conflict")
     assert await store.attach(make_request("r1", prompt=4), grace_ms=0) == Enqueued("conflict")
     after = await read_state(store.client)
@@ -665,14 +665,39 @@ async def test_nobody_is_dead_on_a_server_that_has_just_started(own_server) -> N
         await store.close()
 
 
-async def test_the_stalest_few_engines_are_looked_at(store: Store, clock: Clock) -> None:
-    for engine in "cdefgh":
-        await put(store, f"r-{engine}")
+async def test_the_stalest_engines_are_looked_at_first(store: Store, clock: Clock) -> None:
+    engines = [f"e{number:02}" for number in range(20)]
+    for number, engine in enumerate(engines):
+        await put(store, f"r{number:02}", f"caller{number}")
         await begin(store, engine)
-        await clock.advance(10)
+        await clock.advance(1)
     await clock.advance(LEASE_MS)
-    assert await take_ids(store, "a", 9) == ["r-c", "r-d", "r-e", "r-f"]
-    assert await take_ids(store, "a", 9) == ["r-g", "r-h"]
+    assert await take_ids(store, "a", 99) == [f"r{number:02}" for number in range(16)]
+    assert await take_ids(store, "a", 99) == [f"r{number:02}" for number in range(16, 20)]
+
+
+async def test_suspects_of_many_engines_hide_no_streams_of_another(
+    store: Store, clock: Clock
+) -> None:
+    for engine in "cdefgh":
+        await put(store, f"suspect-{engine}", f"caller-{engine}")
+        await take(store, engine)
+    await put(store, "under way")
+    await begin(store, "z")
+    await clock.advance(LEASE_MS + 1)
+    assert await take_ids(store, "a", 9, calm=False) == ["under way"]
+
+
+async def test_whose_own_lease_ran_out_judges_nobody(store: Store, clock: Clock) -> None:
+    """Redis stood still, and this call came before it did: the others had no time to talk."""
+    await put(store, "r1")
+    await begin(store, "b")
+    await put(store, "r2")
+    await begin(store, "c")
+    await clock.advance(LEASE_MS + 1)
+    assert await take_ids(store, "c", 9) == []
+    await emit(store, emission("r2", first=2), engine="c")
+    assert await take_ids(store, "c", 9) == ["r1"]
 
 
 async def test_orphans_come_first_in_their_class_and_by_age(store: Store, clock: Clock) -> None:
@@ -1081,14 +1106,45 @@ async def test_what_was_lost_goes_on_after_its_tokens(store: Store, count: int) 
 async def test_what_was_not_lost_is_left_as_it_is(store: Store) -> None:
     await put(store, "r1", attempt="first")
     await begin(store)
+    before = await read_state(store.client)
     assert await put_again(store, "r1", 5) == Enqueued("accepted")
-    assert await put_again(store, "r1", 5, "other") == Enqueued("accepted")
-    assert await field(store, "r1", "seq") == "1"
+    # Of another run: its own is lost, and will not come again.
+    assert await put_again(store, "r1", 5, "other") == Enqueued("conflict")
+    assert await read_state(store.client) == before
     await store.cancel("r1", "alice")
-    # One that failed would run anew for who ordered it now.
-    assert await put_again(store, "r1", 5, "other") == Enqueued("accepted")
+    assert await put_again(store, "r1", 5) == Enqueued("accepted")
     assert await field(store, "r1", "st") == "e"
     assert (await counts(store))["waiting"] == 0
+
+
+async def test_a_run_is_put_back_in_the_place_of_one_that_failed_before(store: Store) -> None:
+    """Redis has lost it, and knows the one before: that is where it has gone back to."""
+    await put(store, "r1", attempt="before")
+    await begin(store)
+    await store.cancel("r1", "alice")
+    assert await put_again(store, "r1", 5) == Enqueued("accepted")
+    (taken,) = (await take(store)).requests
+    assert (taken.epoch, taken.seq) == (2, 5)
+    assert await field(store, "r1", "run") == "first"
+
+
+async def test_an_attempt_again_after_another_attached_is_no_other_run(store: Store) -> None:
+    """Its answer was lost; a client attached to it, and it failed."""
+    await put(store, "r1", attempt="a1")
+    await put(store, "r1", attempt="a2")
+    await store.cancel("r1", "alice")
+    assert await put(store, "r1", attempt="a1") == Enqueued("accepted")
+    assert await field(store, "r1", "st") == "e"
+
+
+async def test_a_cancel_of_one_run_leaves_the_next_one(store: Store, clock: Clock) -> None:
+    await put(store, "r1", attempt="a1")
+    assert await store.cancel("r1", "alice", run=b"a1") == "cancelled"
+    await clock.advance(1)
+    await put(store, "r1", attempt="a2")
+    assert await store.cancel("r1", "alice", run=b"a1") == "ended"
+    assert await field(store, "r1", "st") == "w"
+    assert await store.cancel("r1", "alice", run=b"a2") == "cancelled"
 
 
 async def test_an_owner_of_what_was_lost_is_fenced(store: Store) -> None:

@@ -169,6 +169,15 @@ class Machine(RuleBasedStateMachine):
         assert self._put(request, cls, timeout_ms, had) == "accepted"
         self.requests[request.rid] = request
 
+    @precondition(lambda self: self.requests)
+    @rule(pick=picks, tokens=st.integers(0, 3))
+    def enqueue_lost_again(self, pick: int, tokens: int) -> None:
+        """It puts back a run in whose place there may be another one."""
+        old = self.requests[self._rid(pick)]
+        self.time_passes(1, janitor=False)
+        had = [f"before.{number}" for number in range(tokens)]
+        assert self._put(old, 1, FOREVER_MS, had) in ("accepted", "conflict")
+
     def _rid(self, pick: int) -> str:
         return list(self.requests)[pick % len(self.requests)]
 

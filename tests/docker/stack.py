@@ -234,11 +234,13 @@ def build() -> dict[str, str]:
         more = ["--build-arg", f"BASE={base}"]
         more += shlex.split(os.environ.get("DOCKER_BUILD_ARGS", ""))
         file = ("--file", "deploy/docker/Dockerfile", "--target", target)
-        docker("build", "--quiet", *more, *file, "--tag", name, ".")
+        docker("build", "--quiet", *more, *file, "--label", PROJECT, "--tag", name, ".")
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name))
         added = (size - below) // 10**6
         print(f"{name}: {size // 10**6} MB, {added} MB of them on top of its base")
         assert added <= MOST_MB[target], f"{target} has grown"
+    # Those of earlier runs, whose names these have taken, would fill the disk.
+    docker("image", "prune", "--force", "--filter", f"label={PROJECT}")
     # As it runs, and with no compiler: a library that is not there would be made up for in silence.
     confined = ("--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none")
     no_torch = "import importlib.util as u; assert not u.find_spec('torch')"

@@ -141,8 +141,13 @@ async def browse(url: str, profile: Path) -> AsyncIterator[Tab]:
             async with session.ws_connect(address) as socket:
                 yield Tab(socket)
     finally:
+        # A folder for its socket that it leaves behind when it is ended.
+        link = profile / "SingletonSocket"
+        own = link.readlink().parent if link.is_symlink() else None
         process.terminate()
         process.wait()
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 async def check(cluster: Cluster, tab: Tab) -> None:

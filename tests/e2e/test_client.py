@@ -602,6 +602,20 @@ async def test_one_key_is_one_request(stand: Stand, client: AsyncClient) -> None
     assert caught.value.status == 409
 
 
+@pytest.mark.parametrize("patience_s", [0.002, 0.2])
+async def test_who_gives_up_and_asks_again_finds_it_running(
+    stand: Stand, client: AsyncClient, patience_s: float
+) -> None:
+    before = len(stand.ended())
+    options: Any = {"model": "echo", "max_tokens": 500, "seed": 7}
+    options["idempotency_key"] = f"again-{patience_s}"
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(patience_s):
+            await client.infer("hi", **options)
+    check_answer(await client.infer("hi", **options), 7, 500)
+    assert len(stand.ended()) == before + 1
+
+
 async def test_a_rate_limit_is_said_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     with Stand(tmp_path_factory.mktemp("limited"), requests_per_minute=1) as limited:
         async with Proxy(limited.cluster.ports[0]) as proxy, AsyncClient(proxy.url) as client:

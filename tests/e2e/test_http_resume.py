@@ -310,6 +310,64 @@ async def test_a_reader_of_a_run_that_failed_gets_nothing_of_the_next_one(
     assert text_of(events) == letters(5, 40)
 
 
+async def test_a_name_of_a_run_that_failed_is_of_nothing(site: Site) -> None:
+    site.worker.step_s = 0.005
+    key = {"Idempotency-Key": "k", "X-Resumable": "30"}
+    reply = await site.http.post(site.url("/infer_stream"), json=BODY, headers=key)
+    rid, run = reply.headers["X-Stream-Id"], reply.headers["X-Stream-Run"]
+    await _read_some(reply, 3)
+    path, named = f"/requests/{rid}/stream", {"Last-Event-ID": "3", "X-Stream-Run": run}
+    resumed = await site.http.get(site.url(path), headers=named)
+    assert (resumed.status, resumed.headers["X-Stream-Run"]) == (200, run)
+    resumed.close()
+    attached = await site.http.post(site.url("/infer_stream"), json=BODY, headers=key)
+    assert attached.headers["X-Stream-Run"] == run
+    status, _, _ = await site.send("DELETE", f"/requests/{rid}", headers=named)
+    assert status == 200
+    site.worker.frozen = True
+    again = await site.http.post(site.url("/infer_stream"), json=BODY, headers=key)
+    assert again.headers["X-Stream-Id"] == rid
+    assert again.headers["X-Stream-Run"] != run
+    for method, address in (
+        ("GET", path),
+        ("GET", f"/requests/{rid}"),
+        ("DELETE", f"/requests/{rid}"),
+    ):
+        status, answer, _ = await site.send(method, address, headers=named)
+        assert (status, answer["error"]["code"]) == (410, "request_gone")
+    site.worker.frozen = False
+    # Who names none means whichever is there.
+    _, events, _ = await site.get(path)
+    assert text_of(events) == letters(5, 40)
+    status, answer, _ = await site.get(path, {"X-Stream-Run": "a b"})
+    assert (status, answer["error"]["param"]) == (400, "X-Stream-Run")
+
+
+async def test_who_attaches_hears_nothing_of_the_run_before(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach, store = site.edge.store.attach, site.edge.store
+
+    async def attach_late(request: messages.Request, **options: Any) -> Enqueued | None:
+        token = messages.Tokens(messages.VERSION, 1, [messages.Token(0, 1, "!")])
+        await store.client.publish(keys.log(request.rid), b"1-0 " + messages.encode(token))
+        await asyncio.sleep(0.05)
+        return await attach(request, **options)
+
+    site.worker.frozen = True
+    key = {"Idempotency-Key": "k"}
+    first = asyncio.create_task(site.post("/infer_stream", BODY, key))
+    await until(lambda: site.worker.running)
+    monkeypatch.setattr(store, "attach", attach_late)
+    second = asyncio.create_task(site.post("/infer_stream", BODY, key))
+    await asyncio.sleep(0.2)
+    site.worker.frozen = False
+    for answer in (first, second):
+        _, events, _ = await answer
+        if answer is second:
+            assert text_of(events) == letters(5, 40)
+
+
 async def test_who_attaches_may_ask_for_more_time(site: Site) -> None:
     client: Any = site.store.client
     site.worker.frozen = True

@@ -72,6 +72,7 @@ def refusal(status: int, code: str, **headers: str) -> bytes:
     ).encode()
 
 
+TOLD = ("Last-Event-ID", "X-Stream-Run")
 WHOLE = stream(tokens(1, 4) + end() + DONE)
 LATE = (0.3, WHOLE)
 CANCELLED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
@@ -89,8 +90,9 @@ async def gateway(*script: Script) -> AsyncIterator[tuple[str, list[str]]]:
         busy.add(task)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            after = [line[15:] for line in head.split("\r\n") if line.startswith("Last-Event-ID:")]
-            seen.append(" ".join([*head.split(" ", 2)[:2], *after]))
+            headers = [line.partition(": ") for line in head.split("\r\n")]
+            told = [value for name, _, value in headers if name in TOLD]
+            seen.append(" ".join([*head.split(" ", 2)[:2], *told]))
             answer = left.pop(0) if left else refusal(500, "script_is_over")
             for part in [answer] if isinstance(answer, bytes) else answer:
                 if isinstance(part, float):
@@ -354,6 +356,29 @@ async def until_count(seen: list[str], count: int) -> None:
     async with asyncio.timeout(2):
         while len(seen) < count:
             await asyncio.sleep(0.005)
+
+
+async def test_what_others_may_have_the_key_of_is_not_cancelled() -> None:
+    async with play(LATE) as (client, seen):
+        await timed_out(client.infer("x", model="m", idempotency_key="k"))
+    async with (
+        play(stream(tokens(1, 2))) as (client, more),
+        client.stream("x", model="m", idempotency_key="k") as it,
+    ):
+        await anext(it)
+    assert seen == more == ["POST /infer_stream"]
+
+
+async def test_it_goes_on_with_the_run_that_it_read() -> None:
+    def run(body: bytes) -> bytes:
+        return stream(body).replace(b"\r\n\r\n", b"\r\nX-Stream-Run: 7f\r\n\r\n", 1)
+
+    async with (
+        play(run(tokens(1, 2)), run(tokens(3, 4)), CANCELLED) as (client, seen),
+        client.stream("x", model="m") as it,
+    ):
+        assert [(await anext(it)).text for _ in range(3)] == ["1", "2", "3"]
+    assert seen == ["POST /infer_stream", "GET /requests/r/stream 2 7f", "DELETE /requests/r 7f"]
 
 
 @pytest.mark.parametrize("ask", [_infer, _enter, _iterate])

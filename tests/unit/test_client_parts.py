@@ -156,6 +156,7 @@ def test_events_that_make_no_sense(bad: Event) -> None:
         ("queue_timeout", "timeout_error", errors.DeadlineError, False),
         ("request_cancelled", "invalid_request_error", errors.RequestCancelledError, False),
         ("log_expired", "invalid_request_error", errors.StreamLostError, False),
+        ("request_gone", "invalid_request_error", errors.StreamLostError, False),
         ("engine_failed", "server_error", errors.ServerError, False),
         ("stream_idle", "server_error", errors.ServerError, False),
         ("context", "invalid_request_error", errors.BadRequestError, False),
