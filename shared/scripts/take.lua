@@ -100,6 +100,16 @@ if tonumber(ARGV[11]) >= 0 then
   end
 end
 
+-- Whether an engine's lease has run out.
+local function is_late(name)
+  for _, other in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', int(now - lease - 1))) do
+    if other == name then
+      return true
+    end
+  end
+  return false
+end
+
 -- 2. Whose requests are orphans: the lease ran out, or nobody listens to the control channel.
 local dead, silent = {}, {}
 if room > 0 then
@@ -114,8 +124,7 @@ if room > 0 then
   end
   -- Whose own lease ran out was kept from talking, and so perhaps were the others. And just after a restart or a
   -- failover every lease is old and nobody has reconnected yet: everybody gets the time of two leases to come back.
-  local spoke = tonumber(redis.call('ZSCORE', leases, engine) or now)
-  if #silent > 0 and now - spoke <= lease and now - server_since(now) >= 2 * lease then
+  if #silent > 0 and not is_late(engine) and now - server_since(now) >= 2 * lease then
     local channels = {}
     for i, other in ipairs(silent) do
       channels[i] = 'rts:w:' .. other.engine
