@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shared.messages import WAITS
 from worker.engine import EngineError, EngineOptions, ModelFiles, create_engine
 from worker.engine.echo import EchoEngine, echo_token
 from worker.engine.interface import Engine, EngineInfo, EngineRequest, SamplingParams
@@ -243,7 +244,8 @@ def test_more_than_the_batch_holds_wait_their_turn(make: Make) -> None:
     for i in range(5):
         engine.add(ask(str(i), 3, priority=0 if i == 4 else 1))
     assert engine.room() == 0
-    assert {output.rid for output in engine.step()} == {"4", "0"}
+    waits = {output.rid: output.prefilled == WAITS for output in engine.step()}
+    assert waits == {"4": False, "0": False, "1": True, "2": True, "3": True}
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (2, 3)
     assert 0 < stats.kv_usage <= 1

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import Final
 
+from shared.messages import WAITS
 from worker.engine import EngineError, EngineOptions
 from worker.engine.echo_tokenizer import VOCAB_SIZE, byte_files, byte_id
 from worker.engine.interface import EngineInfo, EngineRequest, EngineStats, StepOutput
@@ -88,9 +89,11 @@ class EchoEngine:
             return []
         if self._step_s:
             time.sleep(self._step_s)
-        batch = sorted(self._sequences.values(), key=lambda s: s.rank)[: self.info.max_batch_size]
+        ranked = sorted(self._sequences.values(), key=lambda s: s.rank)
+        most = self.info.max_batch_size
         self._stats.steps += 1
-        return [self._advance(sequence) for sequence in batch]
+        waiting = [StepOutput(sequence.request.rid, [], WAITS) for sequence in ranked[most:]]
+        return [self._advance(sequence) for sequence in ranked[:most]] + waiting
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
