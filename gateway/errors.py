@@ -45,7 +45,7 @@ class RequestGone(RtsError):
     """The request was there, but its tokens are not kept any more."""
 
 
-ANOTHER_RUN = "This run of the request ended, and it was run again under the same Idempotency-Key"
+ANOTHER_RUN = "This run of the request ended, and the request was run again"
 """What RequestGone says of one that failed."""
 
 

@@ -42,7 +42,7 @@ class Subscription:
 
     Attributes:
         last: number of the last token handed out.
-        run: which run of the request it reads, as State.run; None: not known yet.
+        run: which run of the request it reads, as State.run.
         recovery: queues the request again where Redis has lost it; None: somebody else may.
         heard_at: when a message came. checked_at: when its log was asked for.
         known_at: when Redis said that the request waits or runs. All in the event loop's time.
@@ -55,7 +55,7 @@ class Subscription:
         hub: Hub,
         *,
         replay: bool,
-        run: bytes | None,
+        run: bytes,
         close: Callable[[Subscription], None],
     ) -> None:
         self.rid = rid
@@ -153,6 +153,10 @@ class Subscription:
                 self._waiter = self._loop.create_future()
                 await self._waiter
                 continue
+            if not from_log and self.last and self._begins(entry):
+                # Of the next run, unless Redis lost the tokens that were handed on.
+                self._stale = True
+                continue
             fresh = self._accept(entry)
             if fresh is not None:
                 if self.recovery is not None and isinstance(fresh.event, messages.Tokens):
@@ -162,9 +166,6 @@ class Subscription:
                 if from_log:
                     raise LogExpired(self.rid)
                 self._hub.gaps += 1
-                self._stale = True
-            elif not from_log and self._begins(entry):
-                # Of another run, unless Redis lost the tokens that were handed on.
                 self._stale = True
 
     def _accept(self, entry: messages.Entry) -> messages.Entry | None:
@@ -190,12 +191,6 @@ class Subscription:
     def _begins(self, entry: messages.Entry) -> bool:
         return isinstance(entry.event, messages.Tokens) and entry.event.first == 1
 
-    def _is_another(self, run: bytes) -> bool:
-        """Whether the request is in another run than the one that is read."""
-        if self.run is None:
-            self.run = run
-        return run != self.run
-
     async def _recover(self) -> None:
         if self._over:
             # How, Redis does not know any more.
@@ -212,14 +207,17 @@ class Subscription:
 
     async def _come_back(self) -> None:
         """Waits for somebody who knows the request to queue it again."""
-        waited_s = 0.0
+        waited_s, found = 0.0, None
         while waited_s < COME_BACK_S:
             await asyncio.sleep(RETRY_S)
             with suppress(StoreUnavailable):
-                if await self._hub.store.state(self.rid) is not None:
+                found = await self._hub.store.state(self.rid)
+                if found is not None and found.run == self.run:
                     return
                 # While Redis is away nobody can.
                 waited_s += RETRY_S
+        if found is not None:
+            raise RequestGone(ANOTHER_RUN)
         raise LogExpired(self.rid)
 
     def compared(self, state: State | None) -> None:
@@ -227,7 +225,7 @@ class Subscription:
         if state is None:
             self.lost()
             return
-        if self._is_another(state.run):
+        if state.run != self.run:
             self.resync()
             return
         self._note(state)
@@ -253,10 +251,10 @@ class Subscription:
             self._stale = True
             raise
         if state is not None:
-            if self._is_another(state.run):
-                if self.recovery is None or not state.ended:
+            if state.run != self.run:
+                if not state.ended:
                     raise RequestGone(ANOTHER_RUN)
-                # Redis has gone back to a time before this run.
+                # The next one, or Redis has gone back to the one before: who queued it knows.
                 self._lost = True
                 return
             self._note(state)
@@ -326,7 +324,7 @@ class Hub:
         await end(*self._tasks)
 
     async def subscribe(
-        self, rid: str, after: int = 0, *, replay: bool = False, run: bytes | None = None
+        self, rid: str, after: int = 0, *, replay: bool = False, run: bytes = b""
     ) -> Subscription:
         """Opens a reader; returns once Redis has confirmed that messages will come.
 
@@ -334,7 +332,7 @@ class Hub:
             rid: the request.
             after: number of the last token the reader already has.
             replay: read what the log holds first; for a request that may be running already.
-            run: which run of it the reader wants; None: the one that is found.
+            run: which run of it; may be said later, before anything is read.
 
         Raises:
             StoreUnavailable: there is no connection, or no confirmation in time.

@@ -25,7 +25,6 @@ log = logging.getLogger("gateway.access")
 _ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
 """Answered even with too many connections."""
 _WHILE_DRAINING = _ALWAYS | {"/health", "/status"}
-_OWN = ("X-Request-Id", "X-Stream-Id", "X-Stream-Run")
 _QUIET = frozenset({"/livez", "/readyz", "/metrics", "/health", "/status"})
 """Asked for every few seconds by machines: not worth a line at the usual level."""
 
@@ -50,13 +49,17 @@ class Trail:
     stream_run: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def is_about(self, rid: str, run: bytes | None) -> None:
-        """The answer is of this request."""
-        self.stream_id, self.stream_run = rid, (run or b"").decode()
+    def is_about(self, rid: str, run: bytes) -> None:
+        """The answer is of this run of this request."""
+        self.stream_id, self.stream_run = rid, run.decode()
         self.facts["rid"] = rid
 
 
 TRAIL = web.RequestKey("trail", Trail)
+
+
+_NAMES = ("X-Request-Id", "X-Stream-Id", "X-Stream-Run")
+"""Headers that browsers of other origins may read, beside those of the limits."""
 
 
 class Cors:
@@ -80,10 +83,7 @@ class Cors:
             allowed = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         else:
             return {"Vary": "Origin"}
-        return {
-            **allowed,
-            "Access-Control-Expose-Headers": ", ".join((*_OWN, *EXPOSED)),
-        }
+        return {**allowed, "Access-Control-Expose-Headers": ", ".join((*_NAMES, *EXPOSED))}
 
     def preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a browser that asks first; None for any other request."""

@@ -35,6 +35,7 @@ class Enqueue(Protocol):
         *,
         timeout_ms: int,
         had: Sequence[messages.Token],
+        t0: int,
         strict: bool,
     ) -> Enqueued:
         """As Store.enqueue, which says the errors, too."""
@@ -45,18 +46,25 @@ class Recovery:
     """What it takes to queue one request again. About 17 bytes a token, beside the prompt's.
 
     Args:
-        request: as it was accepted. enqueue: queues it again.
+        request: as it was accepted. enqueue: queues it again. t0: as Enqueued.t0.
         ends_at: its deadline, in the event loop's time.
         keep_s: how long Redis knows a request after its end.
     """
 
     def __init__(
-        self, request: messages.Request, enqueue: Enqueue, *, ends_at: float, keep_s: float
+        self,
+        request: messages.Request,
+        enqueue: Enqueue,
+        *,
+        t0: int,
+        ends_at: float,
+        keep_s: float,
     ) -> None:
         self._rid = request.rid
         # Encoded, it is a tenth of what a list of ids takes.
         self._request = messages.encode(request)
         self._enqueue = enqueue
+        self._t0 = t0
         self._ends_at = ends_at
         self._keep_s = keep_s
         self._tokens = bytearray()
@@ -105,11 +113,15 @@ class Recovery:
     async def _once(self, timeout_ms: int) -> None:
         # Not strict: it stands in the queue although no replica has it, and can be put back again.
         request = messages.decode(self._request, messages.Request)
-        call = self._enqueue(request, timeout_ms=timeout_ms, had=self._had(), strict=False)
+        call = self._enqueue(
+            request, timeout_ms=timeout_ms, had=self._had(), t0=self._t0, strict=False
+        )
         attempt = asyncio.ensure_future(call)
         try:
-            if (await asyncio.shield(attempt)).outcome == "conflict":
+            answer = await asyncio.shield(attempt)
+            if answer.outcome == "conflict":
                 raise RequestGone(ANOTHER_RUN)
+            self._t0 = answer.t0
         except asyncio.CancelledError:
             # Its client went. What takes the request back must not come before it.
             await asyncio.wait([attempt])

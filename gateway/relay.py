@@ -212,7 +212,7 @@ class Relay:
         self.reason = self.reason or reason
         if not self._settled and (not self._kept or reason == "stream_idle"):
             self._settled = True
-            run = self.flow.subscription.run or b""
+            run = self.flow.subscription.run
             self._edge.send(self._edge.withdraw(self.flow.rid, self.flow.caller, run))
             end = messages.End(messages.VERSION, reason)
             self._end_meter(end, self.flow.subscription.last)

@@ -39,7 +39,8 @@ async def cancel(request: web.Request) -> web.StreamResponse:
     run = read_stream_run(request)
     if await edge.store.cancel(record.rid, caller, run=run) == "unknown":
         raise RequestNotFound(record.rid)
-    return json_response(await _describe(edge, await read_record(edge.store, record.rid, caller)))
+    record, _ = await _find(request)
+    return json_response(await _describe(edge, record))
 
 
 async def resume(request: web.Request) -> web.StreamResponse:

@@ -185,7 +185,7 @@ class _Admission:
             else:
                 subscription.run = self._attempt.encode()
                 # Not of what was attached to: that may be another version's, and has its deadline.
-                subscription.recovery = self._recovery()
+                subscription.recovery = self._recovery(answer.t0)
             view = answer.view or self._request.view(resumable=self._kept)
             return Ticket(
                 Subject(rid, view, len(self._request.prompt)),
@@ -240,10 +240,11 @@ class _Admission:
             # It may or may not be queued; the same attempt again is harmless.
             return await self._queue(self._request, timeout_ms=timeout_ms)
 
-    def _recovery(self) -> Recovery:
+    def _recovery(self, t0: int) -> Recovery:
         return Recovery(
             self._request,
             self._queue,
+            t0=t0,
             ends_at=asyncio.get_running_loop().time() + self._timeout_s,
             keep_s=self._keep_s,
         )

@@ -66,7 +66,7 @@ ROLES: Final = {
             *("models", "m:*", "f:*", "open:*", "engines:*", "cards:*", "server", "dead", "wake:*"),
         ),
         channels=("l:*", "w:*"),
-        # pubsub|channels: for the probe of deploy/k8s.
+        # pubsub|channels: for the probe of deploy/k8s. zrange: of workers of release 0.1.
         commands=f"{_SUBSCRIBER} pubsub|channels blpop del hexists hgetall hlen lpush ltrim "
         "pexpireat sadd set xclaim xgroup|create xinfo|groups xrange xreadgroup zadd zcount zrange "
         "zrangebyscore",

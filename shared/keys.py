@@ -81,7 +81,9 @@ def request(rid: str) -> str:
         dl: deadline (ms). grace, keep: durations (ms). unheard: since when nobody listens (ms),
             if nobody heard the token after `quiet`, either.
         t0, t1, t2, t3: queued, first taken, first token, ended (ms). reason: how it ended.
-        pt: prompt tokens. charge, att: tokens charged, and by which attempt. tk: ticket.
+        pt: prompt tokens. charge: tokens charged. tk: ticket.
+        run: which run of the request it is, named by the attempt that queued it. att: that attempt,
+            while it may take it back; "" once a client has attached to it.
         ct: a gateway has counted its end; set by the first one (HSETNX).
     """
     return f"{PREFIX}r:{rid}"

@@ -17,7 +17,8 @@ from shared.errors import DecodeError
 
 VERSION = 1
 WAITS = -1
-"""In place of a number of rows that an engine has computed: it gave them up, and waits for room."""
+"""In place of a number of rows that an engine has computed: it waits for room,
+before its first row or having given all up."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):

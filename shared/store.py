@@ -12,7 +12,7 @@ import secrets
 import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -67,13 +67,14 @@ class Enqueued:
         outcome: accepted, attached (the same request is there), conflict (the id is taken by
             another), closed (the version takes no requests), full.
         view: of the request that is there when attached. run: its State.run. waiting: how many wait
-            when full.
+            when full. t0: when it was accepted, in ms of Redis' clock.
     """
 
     outcome: str
     view: messages.View | None = None
     run: bytes = b""
     waiting: int = 0
+    t0: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,8 @@ def _enqueued(reply: list[Any]) -> Enqueued:
     outcome = _ENQUEUED[reply[0]]
     if outcome == "attached":
         return Enqueued(outcome, messages.decode(reply[1], messages.View), reply[2])
+    if outcome == "accepted":
+        return Enqueued(outcome, t0=reply[1])
     return Enqueued(outcome, waiting=reply[1])
 
 
@@ -380,12 +383,13 @@ class Store:
         resumable: bool,
         strict: bool = False,
         had: Sequence[messages.Token] | None = None,
+        t0: int = 0,
     ) -> Enqueued:
         """Puts a request on its queue, or says why not. The same one again is `attached`.
 
         A repeated call of the same `attempt` is `accepted` as the first one was. With `had` it is
-        one that was accepted and that Redis has lost since: it goes on after these tokens of it; a
-        conflict is then another run of it.
+        one that was accepted at `t0` and that Redis has lost since: it goes on after these tokens
+        of it; a conflict is then another run of it, which is no earlier one that failed.
 
         Raises:
             NotReplicated: `strict`, and no replica has it. It may be queued nevertheless.
@@ -407,7 +411,7 @@ class Store:
             messages.encode(request.view(resumable=resumable)),
         )
         if had is not None:
-            args += (len(had),)
+            args += (len(had), t0)
             for first in range(0, len(had), _ENTRY_TOKENS):
                 some = had[first : first + _ENTRY_TOKENS]
                 tokens = messages.Tokens(messages.VERSION, first + 1, list(some))

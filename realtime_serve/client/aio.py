@@ -58,7 +58,8 @@ class AsyncStream(StreamView):
     """Tokens as they come, each once, in order, whatever dies meanwhile.
 
     The request is made when the stream is first read, or entered with `async with`. Leaving it
-    before its end cancels the request, unless it came from `resume`.
+    before its end cancels the request, unless it came from `resume` or others may have its
+    idempotency key, too.
     """
 
     def __init__(self, course: Course) -> None:
@@ -95,7 +96,7 @@ class AsyncStream(StreamView):
         await self.close()
 
     async def close(self) -> None:
-        """Leaves the stream: the request is cancelled in the background. Idempotent."""
+        """Leaves the stream, as told above: a cancel goes out in the background. Idempotent."""
         self._tokens.clear()
         self._course.leave(cancel=True)
 

@@ -158,7 +158,8 @@ class Course:
             reply.close()
             raise errors.APIError("The server did not answer with a stream", code="no_stream")
         self.transcript.request_id = rid or reply.request_id
-        self._run = reply.run
+        # A gateway of release 0.1 tells none.
+        self._run = reply.run or self._run
         self._reply, self._opened = reply, True
         self._connected_at = time.monotonic()
 

@@ -106,7 +106,8 @@ class Stream(StreamView):
     """Tokens as they come, each once, in order, whatever dies meanwhile.
 
     The request is made when the stream is first read, or entered with `with`. Leaving it before
-    its end cancels the request, unless it came from `resume`. For one thread at a time.
+    its end cancels the request, unless it came from `resume` or others may have its idempotency
+    key, too. For one thread at a time.
     """
 
     def __init__(self, client: Client, thread: LoopThread, course: Course) -> None:
@@ -143,7 +144,7 @@ class Stream(StreamView):
         self.close()
 
     def close(self) -> None:
-        """Leaves the stream: the request is cancelled in the background. Idempotent."""
+        """Leaves the stream, as told above: a cancel goes out in the background. Idempotent."""
         self._tokens.clear()
         self._thread.leave(self._course, cancel=True)
 

@@ -7,26 +7,26 @@
 --       10 prompt tokens, 11 attempt: what limit charged, if anything, is the request's from now on,
 --       12 most waiting, 13 most waiting bytes, 14 messages.View, readable as long as the hash is;
 --       15 of a request that was accepted and that Redis has lost: number of the last token its reader has,
---       16.. these tokens, in pairs: number of the last one, messages.Tokens
+--       16 when it was accepted (t0), 17.. these tokens, in pairs: number of the last one, messages.Tokens
 -- What was accepted is queued again whatever the limits are, and whether the version is closed; not where
--- somebody else's run of it is there by now, unless that failed: Redis has gone back to before this one then.
+-- another run of it is there, unless that one failed before: Redis has gone back to that time then.
 -- Beyond the limits a caller with nothing waiting here still gets in, up to twice as many: one caller alone
 -- locks nobody out.
--- Returns {0, 0} accepted, also when this attempt had been before; {1, messages.View, run} the same request is
+-- Returns {0, t0} accepted, also when this attempt had been before; {1, messages.View, run} the same request is
 --   there already; {2, 0} the id is taken by another; {3, 0} the version takes no requests; {4, waiting} full.
 local rid, mv, cls, caller = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local key = 'rts:r:' .. rid
 local last = ARGV[15]
-local earlier = redis.call('HMGET', key, 'run', 'ep', 'st', 'reason')
+local earlier = redis.call('HMGET', key, 'run', 'ep', 'st', 'reason', 't0')
 if earlier[1] == ARGV[11] then
-  return {0, 0}
+  return {0, tonumber(earlier[5])}
 end
 if not last then
   local there = present(rid, caller, ARGV[5], ARGV[8])
   if there then
     return there
   end
-elseif earlier[3] and not runs_anew(rid, earlier[3], earlier[4]) then
+elseif earlier[3] and (not runs_anew(rid, earlier[3], earlier[4]) or tonumber(earlier[5]) >= tonumber(ARGV[16])) then
   return {2, 0}
 end
 if not last and redis.call('EXISTS', 'rts:open:' .. mv) == 0 then
@@ -62,9 +62,9 @@ redis.call('HSET', key, 'st', 'w', 'mv', mv, 'cls', cls, 'eid', eid, 'caller', c
   'charge', charge, 'att', ARGV[11], 'run', ARGV[11], 'tk', ticket, 'view', ARGV[14])
 -- Long enough for whoever ends it at its deadline, and for a reader who comes late.
 redis.call('PEXPIREAT', key, int(deadline + 300000))
-if #ARGV > 15 then
+if #ARGV > 16 then
   local log = 'rts:l:' .. rid
-  for i = 16, #ARGV, 2 do
+  for i = 17, #ARGV, 2 do
     redis.call('XADD', log, ARGV[i] .. '-0', 'd', ARGV[i + 1])
   end
   redis.call('PEXPIREAT', log, int(deadline + 300000))
@@ -74,4 +74,4 @@ local wake = 'rts:wake:' .. mv
 redis.call('LPUSH', wake, '1')
 -- A token is a hint, workers also look once a second: a few more than there are workers are enough.
 redis.call('LTRIM', wake, 0, 255)
-return {0, 0}
+return {0, now}

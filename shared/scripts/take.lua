@@ -138,10 +138,12 @@ if room > 0 then
   end
 end
 local orphans = {{}, {}, {}}
+-- Together not much more than there is room for.
+local each = math.ceil(room / math.max(1, #dead)) + SPARE_ORPHANS
 for _, other in ipairs(dead) do
   local found = 0
   for class = 1, 3 do
-    local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', room + SPARE_ORPHANS, other)
+    local pending = redis.pcall('XPENDING', stream(class), GROUP, '-', '+', each, other)
     if not pending.err then
       for _, p in ipairs(pending) do
         local ms, n = string.match(p[1], '(%d+)-(%d+)')

@@ -356,7 +356,7 @@ class Load:
                 if reply.status != 200:
                     self._refused(stream, reply, await reply.text(), time.monotonic() - asked)
                 stream.rid = stream.rid or reply.headers["X-Stream-Id"]
-                stream.run = reply.headers.get("X-Stream-Run", "")
+                stream.run = reply.headers.get("X-Stream-Run") or stream.run
                 if stream.kind == "infer":
                     self._whole(stream, await reply.json())
                     return
@@ -466,8 +466,11 @@ class Load:
         stream.text += text
         if len(stream.text) > len(stream.had):
             stream.arrivals.append(time.monotonic())
-        known = stream.had if stream.signed else stream.expected
-        if not known.startswith(stream.text[: len(known)]):
+        if stream.signed:
+            right = stream.had.startswith(stream.text[: len(stream.had)])
+        else:
+            right = stream.expected.startswith(stream.text)
+        if not right:
             stream.wrong.append(f"token {number} is {text!r}")
 
     async def _misbehave(self, stream: Stream) -> bool:

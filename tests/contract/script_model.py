@@ -351,14 +351,14 @@ class Model:
             if not lane:
                 del self.lanes[job.cls][job.caller]
 
-    def enqueue(self, job: Job, *, was_accepted: bool = False) -> str:
+    def enqueue(self, job: Job, *, accepted_at: int | None = None) -> str:
         if job.rid in self.jobs:
             old = self.jobs[job.rid]
             if old.run == job.attempt:
                 return "accepted"
             failed = old.state == "e" and old.reason not in ("stop", "length")
-            if was_accepted:
-                if not failed:
+            if accepted_at is not None:
+                if not failed or old.t0 >= accepted_at:
                     return "conflict"
             elif (old.caller, old.digest) != (job.caller, job.digest):
                 return "conflict"
@@ -368,7 +368,7 @@ class Model:
                 return "attached"
         waits = any(other.caller == job.caller for other in self.heads[job.cls])
         room = self.limit * (1 if waits else 2)
-        if not was_accepted and len(self.waiting(job.cls)) >= room:
+        if accepted_at is None and len(self.waiting(job.cls)) >= room:
             return "full"
         if job.rid in self.jobs:
             old = self.jobs.pop(job.rid)
@@ -428,9 +428,11 @@ class Model:
                         out.append(self._own(job, engine))
                         room = 0 if job.deaths else room - 1
         orphans: list[list[Job]] = [[], [], []]
-        for other in self._dead_engines(engine) if room > 0 else ():
+        dead = self._dead_engines(engine) if room > 0 else []
+        each = math.ceil(room / max(1, len(dead))) + 32
+        for other in dead:
             for cls in range(3):
-                orphans[cls] += [j for j in self.pending[cls] if j.owner == other][: room + 32]
+                orphans[cls] += [j for j in self.pending[cls] if j.owner == other][:each]
         for cls in range(3):
             orphans[cls].sort(key=lambda j: j.entry)
         live = sum(1 for at in self.engines.values() if at >= self.now - ttl)

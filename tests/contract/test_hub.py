@@ -141,19 +141,13 @@ async def run_anew(store: Store, *, live: bool) -> None:
 
 
 @pytest.mark.parametrize("live", [True, False])
-@pytest.mark.parametrize("known", [True, False])
 async def test_tokens_of_the_next_run_are_not_mixed_in(
-    watchful: Hub, store: Store, live: bool, known: bool
+    watchful: Hub, store: Store, live: bool
 ) -> None:
-    reader = await watchful.subscribe(RID, replay=known)
+    reader = await watchful.subscribe(RID, run=b"a")
     await store.client.hset(keys.request(RID), "run", "a")
     await write(store, 1, 3)
     assert (await reader.next()).seq == 3
-    if not known:
-        # It has been silent: then Redis is asked.
-        waits = asyncio.create_task(reader.next())
-        await until(lambda: reader.run == b"a")
-        waits.cancel()
     await run_anew(store, live=live)
     with pytest.raises(RequestGone):
         await read_all(reader)
@@ -161,18 +155,19 @@ async def test_tokens_of_the_next_run_are_not_mixed_in(
     await clean(store)
 
 
+@pytest.mark.parametrize("count", [1, 5])
 async def test_a_run_whose_end_was_not_heard_ends_where_the_next_one_begins(
-    hub: Hub, store: Store
+    hub: Hub, store: Store, count: int
 ) -> None:
-    reader = await hub.subscribe(RID, replay=True)
+    reader = await hub.subscribe(RID, run=b"a")
     await store.client.hset(keys.request(RID), "run", "a")
     await write(store, 1, 3)
     assert (await reader.next()).seq == 3
     await end(store, 3, live=False, reason="cancelled")
     await clean(store)
     await store.client.hset(keys.request(RID), "run", "b")
-    for n in range(1, 6):
-        await write(store, n)
+    for n in range(1, 6, count):
+        await write(store, n, count)
     with pytest.raises(RequestGone):
         await reader.next()
     reader.close()
@@ -300,7 +295,7 @@ async def recoverable(
     store: Store,
     rid: str = RID,
     before: Callable[[Subscription], Awaitable[None]] | None = None,
-    **changed: float,
+    **changed: Any,
 ) -> Subscription:
     """A reader whose request the gateway can queue again; `before` comes before each attempt."""
     reader = await hub.subscribe(rid)
@@ -317,14 +312,15 @@ async def recoverable(
             cls="normal",
             grace_ms=5000,
             keep_ms=5000,
-            attempt="a1",
+            # As `write` has it, which names no run.
+            attempt="",
             queue_limit=0,
             queue_bytes=0,
             resumable=False,
             # There is no replica: for what had been accepted that is no reason to wait.
             strict=True,
         ),
-        **{"ends_at": asyncio.get_running_loop().time() + 30, "keep_s": 5, **changed},
+        **{"ends_at": asyncio.get_running_loop().time() + 30, "keep_s": 5, "t0": 0, **changed},
     )
     return reader
 
@@ -373,28 +369,53 @@ async def test_a_run_that_redis_has_gone_back_to_before_is_queued_again(
     await store.client.set(keys.is_open("echo@1"), 1)
     await store.enqueue(order, attempt="a0", **terms, **limits)
     await store.cancel(RID, "someone")
-    reader = await recoverable(watchful, store)
-    reader.run = b"a1"
+    reader = await recoverable(watchful, store, t0=await now_ms(store) + 1)
+    other = await watchful.subscribe(RID)
     # What its reader has of it, Redis has not.
     await store.client.publish(keys.log(RID), b"2-0 " + blob(1, 2))
-    assert (await reader.next()).seq == 2
+    assert (await reader.next()).seq == (await other.next()).seq == 2
+    # The one that cannot put it back waits for the one that can.
+    waiting = asyncio.create_task(read_all(other))
+    await asyncio.sleep(0.5)
     reading = asyncio.create_task(read_all(reader))
     await until(lambda: watchful.recoveries)
     take = await store.take("echo@1", "e1", 4, lease_ms=3000, aging_ms=30_000)
     assert [(taken.rid, taken.seq) for taken in take.requests] == [(RID, 2)]
     await write(store, 3)
     await end(store, 3)
-    assert await reading == ([3], "stop")
+    assert await reading == await waiting == ([3], "stop")
     await store.client.flushall()
+
+
+async def now_ms(store: Store) -> int:
+    seconds, micros = await store.client.time()
+    return int(seconds * 1000 + micros // 1000)
+
+
+async def test_a_run_after_which_another_one_failed_is_not_put_back(
+    watchful: Hub, store: Store
+) -> None:
+    """Nothing was lost: its gateway was cut off while it was cancelled and asked for anew."""
+    reader = await recoverable(watchful, store, t0=await now_ms(store))
+    await write(store, 1)
+    assert (await reader.next()).seq == 1
+    await clean(store)
+    failed = {"st": "e", "reason": "cancelled", "seq": 0, "run": "b", "t0": await now_ms(store) + 1}
+    await store.client.hset(keys.request(RID), mapping=failed)
+    with pytest.raises(RequestGone):
+        await read_all(reader)
+    assert not watchful.recoveries
+    reader.close()
+    await clean(store)
 
 
 async def test_a_run_in_whose_place_another_one_is_ends(watchful: Hub, store: Store) -> None:
     reader = await recoverable(watchful, store)
-    reader.run = b"a1"
     await write(store, 1)
     assert (await reader.next()).seq == 1
     await clean(store)
-    await store.client.hset(keys.request(RID), mapping={"st": "r", "seq": 0, "run": "b"})
+    another = {"st": "r", "seq": 0, "run": "b", "t0": 1}
+    await store.client.hset(keys.request(RID), mapping=another)
     with pytest.raises(RequestGone):
         await reader.recovery.run(reader.known_at, asyncio.Semaphore())  # type: ignore[union-attr]
     with pytest.raises(RequestGone):

@@ -1073,7 +1073,9 @@ def had(count: int) -> list[messages.Token]:
     return [messages.Token(0, n, f"t{n}") for n in range(1, count + 1)]
 
 
-async def put_again(store: Store, rid: str, count: int, attempt: str = "first") -> Enqueued:
+async def put_again(
+    store: Store, rid: str, count: int, attempt: str = "first", t0: int = 0
+) -> Enqueued:
     return await store.enqueue(
         make_request(rid, "alice", 3),
         cls="normal",
@@ -1085,6 +1087,7 @@ async def put_again(store: Store, rid: str, count: int, attempt: str = "first") 
         queue_bytes=0,
         resumable=False,
         had=had(count),
+        t0=t0,
     )
 
 
@@ -1117,12 +1120,18 @@ async def test_what_was_not_lost_is_left_as_it_is(store: Store) -> None:
     assert (await counts(store))["waiting"] == 0
 
 
-async def test_a_run_is_put_back_in_the_place_of_one_that_failed_before(store: Store) -> None:
+async def test_a_run_is_put_back_in_the_place_of_one_that_failed_before(
+    store: Store, clock: Clock
+) -> None:
     """Redis has lost it, and knows the one before: that is where it has gone back to."""
     await put(store, "r1", attempt="before")
     await begin(store)
     await store.cancel("r1", "alice")
-    assert await put_again(store, "r1", 5) == Enqueued("accepted")
+    t0 = int(await field(store, "r1", "t0") or 0)
+    # A run that was accepted before it has ended, and was not lost.
+    assert await put_again(store, "r1", 5, t0=t0) == Enqueued("conflict")
+    await clock.advance(2)
+    assert await put_again(store, "r1", 5, t0=t0 + 1) == Enqueued("accepted")
     (taken,) = (await take(store)).requests
     assert (taken.epoch, taken.seq) == (2, 5)
     assert await field(store, "r1", "run") == "first"

@@ -111,7 +111,9 @@ class Machine(RuleBasedStateMachine):
         had: list[str] | None = None,
         attempt: str = "",
         grace_ms: int = 1000,
+        t0: int | None = None,
     ) -> str:
+        t0 = self.model.now if t0 is None else t0
         attempt = attempt or secrets.token_hex(8)
         answer = self.do(
             self.store.enqueue(
@@ -125,6 +127,7 @@ class Machine(RuleBasedStateMachine):
                 queue_bytes=10**6,
                 resumable=False,
                 had=None if had is None else [messages.Token(0, 1, text) for text in had],
+                t0=t0,
             )
         )
         job = Job(
@@ -141,7 +144,8 @@ class Machine(RuleBasedStateMachine):
             tokens=list(had or []),
         )
         before = len(self.model.waiting(cls))
-        assert answer.outcome == self.model.enqueue(job, was_accepted=had is not None)
+        accepted_at = None if had is None else t0
+        assert answer.outcome == self.model.enqueue(job, accepted_at=accepted_at)
         if answer.outcome == "full":
             assert answer.waiting == before
         if answer.outcome == "accepted":
@@ -170,13 +174,14 @@ class Machine(RuleBasedStateMachine):
         self.requests[request.rid] = request
 
     @precondition(lambda self: self.requests)
-    @rule(pick=picks, tokens=st.integers(0, 3))
-    def enqueue_lost_again(self, pick: int, tokens: int) -> None:
-        """It puts back a run in whose place there may be another one."""
+    @rule(pick=picks, tokens=st.integers(0, 3), ago_ms=st.sampled_from([0, 1, 2000]))
+    def enqueue_lost_again(self, pick: int, tokens: int, ago_ms: int) -> None:
+        """It puts back a run in whose place there may be another one, of before or after it."""
         old = self.requests[self._rid(pick)]
         self.time_passes(1, janitor=False)
         had = [f"before.{number}" for number in range(tokens)]
-        assert self._put(old, 1, FOREVER_MS, had) in ("accepted", "conflict")
+        t0 = self.model.now - ago_ms
+        assert self._put(old, 1, FOREVER_MS, had, t0=t0) in ("accepted", "conflict")
 
     def _rid(self, pick: int) -> str:
         return list(self.requests)[pick % len(self.requests)]

@@ -91,6 +91,10 @@ def test_who_waits_for_its_first_place_says_so() -> None:
     first = {output.rid: output.prefilled for output in engine.step()}
     assert first.pop("4") == WAITS
     assert WAITS not in first.values()
+    # What vLLM has lost does not wait for anything.
+    engine._llm.abort_request(["4"])
+    assert {output.rid for output in engine.step()} == set("0123")
+    engine.abort("4")
     drain(engine)
     engine.close()
 

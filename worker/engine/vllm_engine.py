@@ -183,7 +183,8 @@ class VllmEngine:
             if request is not None:
                 # A long prompt is read in pieces: without a word it would be taken for hung.
                 outputs.append(StepOutput(rid, [], request.num_computed_tokens))
-            else:
+            elif entry.name in self._scheduler.requests:
+                # But not what vLLM knows no more: that is idle, whatever we think.
                 outputs.append(StepOutput(rid, [], WAITS))
         return outputs
 
@@ -240,11 +241,14 @@ class VllmEngine:
 
     def _running(self) -> dict[str, Any]:
         """Requests of vLLM that have a place in the batch, by its names for them."""
-        scheduler = self._llm.engine_core.engine_core.scheduler
-        return {request.request_id: request for request in scheduler.running}
+        return {request.request_id: request for request in self._scheduler.running}
+
+    @property
+    def _scheduler(self) -> Any:
+        return self._llm.engine_core.engine_core.scheduler
 
     def _kv_usage(self) -> float:
-        return float(self._llm.engine_core.engine_core.scheduler.kv_cache_manager.usage)
+        return float(self._scheduler.kv_cache_manager.usage)
 
     def _rehearse(self) -> float:
         """Runs a prompt of a full step, then a full batch; seconds of the slowest step."""
