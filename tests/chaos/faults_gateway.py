@@ -114,7 +114,7 @@ SCENARIOS = (
             fast=int(balancer == "nginx"),
             gateways=2,
             balancer=balancer,
-            kinds=("keyed", "chat", "plain", "stop", "infer", "key"),
+            kinds=("keyed", "chat", "plain", "stop", "infer", "plain", "key"),
             stalls="resumed",
             programs=(balancer,),
             # Long enough to be still under way after the delay.
@@ -128,7 +128,7 @@ SCENARIOS = (
         roll,
         gateways=2,
         balancer="haproxy",
-        kinds=("keyed", "chat", "plain", "stop", "infer", "key"),
+        kinds=("keyed", "chat", "plain", "stop", "infer", "plain", "key"),
         programs=("haproxy",),
         settings={"drain_delay_s": NOTICED_S, "drain_grace_s": 3},
     ),

@@ -29,6 +29,8 @@ PATIENCE_S = 40.0
 """A client that comes again gives up after so long without anything new."""
 SURVIVING = ("keyed", "key", "chat", "stop", "infer", "flaky")
 """Kinds of streams that must survive everything."""
+FROM_THE_START = ("infer", "key")
+"""Kinds that ask anew with their key where they are cut off, and are told all once more."""
 ALL = (*SURVIVING, "plain", "plain", "vanish", "cancel")
 """The same, with clients that ask for nothing special, leave, and cancel."""
 
@@ -276,7 +278,7 @@ class Load:
         headers = {"X-Client-Id": stream.caller}
         if stream.comes_again:
             headers["Idempotency-Key"] = stream.name
-            if stream.kind not in ("infer", "key"):
+            if stream.kind not in FROM_THE_START:
                 headers["X-Resumable"] = "30"
         return headers
 
@@ -313,7 +315,7 @@ class Load:
         last, progress_at, pause = -1, time.monotonic(), 0.0
         while not stream.ended:
             try:
-                if stream.rid and stream.kind not in ("infer", "key"):
+                if stream.rid and stream.kind not in FROM_THE_START:
                     stream.resumes += 1
                     await self._resume(stream, self._url())
                 else:

@@ -267,20 +267,24 @@ async def test_a_repeated_key_whose_tokens_are_gone_runs_again(site: Site) -> No
     assert len(site.worker.seen) == 2
 
 
-async def test_tokens_of_an_attempt_that_is_taken_back_are_not_mixed_in(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def let_another_run_speak(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes with a key hears a token of an earlier run before it knows its own."""
     attach, store = site.edge.store.attach, site.edge.store
 
     async def attach_late(request: messages.Request, **options: Any) -> Enqueued | None:
-        # Of the run of an attempt whose gateway heard no answer, and takes it back now.
         token = messages.Tokens(messages.VERSION, 1, [messages.Token(0, 1, "!")])
-        frame = b"1-0 " + messages.encode(token)
-        await store.client.publish(keys.log(request.rid), frame)
+        await store.client.publish(keys.log(request.rid), b"1-0 " + messages.encode(token))
         await asyncio.sleep(0.05)
         return await attach(request, **options)
 
     monkeypatch.setattr(store, "attach", attach_late)
+
+
+async def test_tokens_of_an_attempt_that_is_taken_back_are_not_mixed_in(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gateway heard no answer, and takes it back now."""
+    let_another_run_speak(site, monkeypatch)
     _, events, _ = await site.post("/infer_stream", BODY, {"Idempotency-Key": "k"})
     assert text_of(events) == letters(5, 40)
 
@@ -346,19 +350,11 @@ async def test_a_name_of_a_run_that_failed_is_of_nothing(site: Site) -> None:
 async def test_who_attaches_hears_nothing_of_the_run_before(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attach, store = site.edge.store.attach, site.edge.store
-
-    async def attach_late(request: messages.Request, **options: Any) -> Enqueued | None:
-        token = messages.Tokens(messages.VERSION, 1, [messages.Token(0, 1, "!")])
-        await store.client.publish(keys.log(request.rid), b"1-0 " + messages.encode(token))
-        await asyncio.sleep(0.05)
-        return await attach(request, **options)
-
     site.worker.frozen = True
     key = {"Idempotency-Key": "k"}
     first = asyncio.create_task(site.post("/infer_stream", BODY, key))
     await until(lambda: site.worker.running)
-    monkeypatch.setattr(store, "attach", attach_late)
+    let_another_run_speak(site, monkeypatch)
     second = asyncio.create_task(site.post("/infer_stream", BODY, key))
     await asyncio.sleep(0.2)
     site.worker.frozen = False
