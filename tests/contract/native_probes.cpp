@@ -24,9 +24,10 @@ void multiply_probe(int rows, int inputs, int outputs, int gate_up, const T* a, 
     const Order order = gate_up ? Order::gate_up : Order::plain;
     Matrix<T> m = pack(memory, team, weights, outputs, inputs, order);
     if (bias) m.bias = pack_bias(memory, m, bias, order);
-    auto padded = memory.zeros<T>(size_t(round_up(rows, 32)) * m.depth);
+    auto padded = memory.zeros<Operand<T>>(size_t(round_up(rows, 32)) * m.depth);
     for (int r = 0; r < rows; r++)
-        for (int k = 0; k < inputs; k++) padded[size_t(r) * m.depth + k] = a[r * inputs + k];
+        for (int k = 0; k < inputs; k++)
+            from_float(to_float(a[r * inputs + k]), &padded[size_t(r) * m.depth + k]);
     const int width = m.panels * PANEL;
     team.run([&](int thread) {
         Tiles tiles;
@@ -67,9 +68,12 @@ int attention_probe(int tiles, int heads, int kv_heads, int size, int count, int
 #endif
             return -1;
         }
-        for (int i = 0; i < count; i++)
-            attend_row(group, q + i * stride + offset, context, look, position + i,
-                       out + i * stride + offset);
+        std::vector<Operand<T>> row(size_t(group) * size);
+        for (int i = 0; i < count; i++) {
+            attend_row(group, q + i * stride + offset, context, look, position + i, row.data());
+            for (size_t j = 0; j < row.size(); j++)
+                from_float(to_float(row[j]), &out[i * stride + offset + j]);
+        }
     }
     return 0;
 }

@@ -153,8 +153,8 @@ inline void fade_result(float* result, int size, float by) {
     for (int j = 0; j < size; j += LANES) store(result + j, mul(load(result + j), broadcast(by)));
 }
 
-template <class T>
-inline void finish_result(const float* result, int size, float total, T* out) {
+template <class Out>
+inline void finish_result(const float* result, int size, float total, Out* out) {
     const Vec share = broadcast(1 / total);
     for (int j = 0; j < size; j += LANES) store(out + j, mul(load(result + j), share));
 }
@@ -164,7 +164,7 @@ constexpr int MOST_HEAD_SIZE = 256;
 // G heads of one row that share keys. q: [G][head_size] side by side, out the same.
 template <class T, int G>
 inline void attend_heads(const T* q, const Context<T>& context, const Look& look, int position,
-                         T* out) {
+                         Operand<T>* out) {
     const int size = context.cache->head_size(), key_size = context.cache->key_size();
     alignas(64) float scores[G * CHUNK];
     alignas(64) T weights[G * CHUNK];
@@ -197,7 +197,7 @@ inline void attend_heads(const T* q, const Context<T>& context, const Look& look
 
 template <class T, int G = MOST_QUERIES>
 inline void attend_some(int heads, const T* q, const Context<T>& context, const Look& look,
-                        int position, T* out) {
+                        int position, Operand<T>* out) {
     if constexpr (G > 0) {
         if (heads >= G) return attend_heads<T, G>(q, context, look, position, out);
         attend_some<T, G - 1>(heads, q, context, look, position, out);
@@ -207,7 +207,7 @@ inline void attend_some(int heads, const T* q, const Context<T>& context, const 
 // One row: all `heads` query heads that share the context's head.
 template <class T>
 inline void attend_row(int heads, const T* q, const Context<T>& context, const Look& look,
-                       int position, T* out) {
+                       int position, Operand<T>* out) {
     const int size = context.cache->head_size();
     for (int h = 0; h < heads; h += MOST_QUERIES)
         attend_some<T>(std::min(MOST_QUERIES, heads - h), q + size_t(h) * size, context, look,

@@ -13,6 +13,14 @@ constexpr int PANEL = 32;
 // Inner dimension of a tile, and its columns.
 constexpr int TILE_DEPTH = 32, TILE_COLUMNS = 16;
 
+// How far ahead weights are fetched: what hides the memory's latency at the speed of their use.
+constexpr int AHEAD_BYTES = 8192;
+
+// Of the rows that a panel is multiplied with, the index-th of so many parts.
+struct Part {
+    int index, count;
+};
+
 // A linear layer, y = x W' + b, with W in panels of PANEL outputs, and a panel in tiles:
 // [panel][inner / TILE_DEPTH][2][TILE_DEPTH / DEPTH][TILE_COLUMNS][DEPTH]. A panel is read from its
 // beginning to its end, once for each block of rows of x, so it streams from memory; a tile of bf16

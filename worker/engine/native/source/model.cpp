@@ -52,10 +52,10 @@ class Decoder final : public Engine {
         const size_t rows = round_up(shape.most_rows, 32), outs = round_up(shape.most_outs, 32);
         x_ = memory_.zeros<float>(rows * width_);
         y_ = memory_.zeros<float>(rows * width_);
-        h_ = memory_.zeros<T>(std::max(rows, outs) * width_);
+        h_ = memory_.zeros<Operand<T>>(std::max(rows, outs) * width_);
         qkv_ = memory_.zeros<T>(rows * qkv_width_);
-        attention_ = memory_.zeros<T>(rows * attention_width_);
-        ffn_ = memory_.zeros<T>(rows * ffn_width_);
+        attention_ = memory_.zeros<Operand<T>>(rows * attention_width_);
+        ffn_ = memory_.zeros<Operand<T>>(rows * ffn_width_);
         logits_ = memory_.zeros<float>(outs * vocab_width_);
 #if RTS_TILES
         for (int i = 0; i < shape.threads; i++) scratch_.push_back(std::make_unique<TileScratch>());
@@ -346,7 +346,8 @@ class Decoder final : public Engine {
     }
 
     // x += a W'. With `apart` the product is kept in y, to be normalized first.
-    void add_product(const T* a, int stride, int rows, const Matrix<T>& m, int thread, bool apart) {
+    void add_product(const Operand<T>* a, int stride, int rows, const Matrix<T>& m, int thread,
+                     bool apart) {
         multiply(team_, thread, a, stride, rows, m, [&](int p, int r, const float* values) {
             float* to = row(apart ? y_ : x_, r, width_) + p * PANEL;
             if (apart)
@@ -407,7 +408,7 @@ class Decoder final : public Engine {
         const int position = int(s.positions[piece.row]);
         const size_t offset = size_t(piece.head) * group * size;
         const T* q = row(qkv_, piece.row, qkv_width_) + offset;
-        T* out = row(attention_, piece.row, attention_width_) + offset;
+        Operand<T>* out = row(attention_, piece.row, attention_width_) + offset;
 #if RTS_TILES
         // The two kernels round differently: an exact engine has only one of them.
         if constexpr (sizeof(T) == sizeof(bf16))
@@ -474,7 +475,8 @@ class Decoder final : public Engine {
     // x: the residual stream. y: a product that is normalized before it is added. h: what is
     // multiplied. One row of each a row of the step.
     Array<float> x_, y_, logits_;
-    Array<T> h_, qkv_, attention_, ffn_;
+    Array<T> qkv_;
+    Array<Operand<T>> h_, attention_, ffn_;
     std::vector<Piece> pieces_;
     std::vector<int> shared_rows_;  // of pieces that are not whole
     std::vector<int> shares_;

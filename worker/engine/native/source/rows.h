@@ -59,8 +59,8 @@ inline Vec gelu_tanh(Vec x) {
 }
 
 // values: 16 of the gate, 16 of up. out: 16.
-template <class T>
-inline void gate(Activation activation, const float* values, T* out) {
+template <class Out>
+inline void gate(Activation activation, const float* values, Out* out) {
     for (int j = 0; j < 16; j += LANES) {
         Vec x = load(values + j);
         Vec y = activation == Activation::silu ? silu(x) : gelu_tanh(x);

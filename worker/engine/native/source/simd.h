@@ -94,6 +94,10 @@ struct Lanes<bf16> {
 template <class T>
 using Factor = Lanes<T>;
 
+// What rows are kept as that are multiplied with weights.
+template <class T>
+using Operand = T;
+
 inline Lanes<float> load_lanes(const float* p) { return {load(p)}; }
 inline Lanes<bf16> load_lanes(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 inline Factor<float> factor(const float* p) { return {broadcast(*p)}; }
@@ -120,14 +124,16 @@ inline Vec load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-inline void store(bf16* p, Vec v) {
-    const __m256i one = _mm256_set1_epi32(1);
+// To the nearest bf16, ties to even; what is below it is left over.
+inline __m256i round_to_bf16(Vec v) {
     __m256i bits = _mm256_castps_si256(v);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-    __m256i high = _mm256_srli_epi32(rounded, 16);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+}
+inline void store(bf16* p, Vec v) {
+    __m256i high = _mm256_srli_epi32(round_to_bf16(v), 16);
     __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x88);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
@@ -181,11 +187,12 @@ template <class T>
 using Factor = Lanes<T>;
 
 inline Lanes<float> load_lanes(const float* p) { return {load(p)}; }
-inline Lanes<bf16> split(__m256i pairs) {
-    const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(pairs, upper))};
+// The first of each pair, or the second.
+inline Vec first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Vec second_of(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
 }
+inline Lanes<bf16> split(__m256i pairs) { return {first_of(pairs), second_of(pairs)}; }
 inline Lanes<bf16> load_lanes(const bf16* p) {
     return split(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -198,6 +205,38 @@ inline Factor<bf16> factor(const bf16* p) {
 inline Vec multiply_add(Vec sum, Lanes<float> a, Factor<float> b) { return fma(a.v, b.v, sum); }
 inline Vec multiply_add(Vec sum, Lanes<bf16> a, Factor<bf16> b) {
     return fma(a.second, b.second, fma(a.first, b.first, sum));
+}
+
+// A float that is a bf16. Rows that are multiplied with weights are kept as such: made floats once,
+// where they are written, and not again for every 16 columns.
+struct Rounded {
+    float value;
+};
+inline float to_float(Rounded x) { return x.value; }
+inline void from_float(float x, Rounded* out) {
+    bf16 rounded;
+    from_float(x, &rounded);
+    out->value = to_float(rounded);
+}
+inline void store(Rounded* p, Vec v) { store(&p->value, second_of(round_to_bf16(v))); }
+
+template <class T>
+struct OperandOf {
+    using Type = T;
+};
+template <>
+struct OperandOf<bf16> {
+    using Type = Rounded;
+};
+// What rows are kept as that are multiplied with weights.
+template <class T>
+using Operand = typename OperandOf<T>::Type;
+
+// Weights of one of DEPTH neighbours of the inner dimension, for LANES columns.
+inline Vec lane(const float* line, int) { return load(line); }
+inline Vec lane(const bf16* line, int which) {
+    const __m256i pairs = _mm256_loadu_si256((const __m256i*)line);
+    return which ? second_of(pairs) : first_of(pairs);
 }
 
 #endif
