@@ -37,44 +37,62 @@ struct Context {
     const T* values(int block) const { return cache->values(layer, table[block], head); }
 };
 
+// Queries that are answered in one pass over keys and values.
+constexpr int MOST_QUERIES = 4;
+
+// Halves of a block of keys, and vectors of columns of values, that G queries see at once: as many
+// as there are registers for their sums.
 #if defined(__AVX512F__)
-constexpr int MOST_QUERIES = 4, COLUMN_VECTORS = 4;
+template <int G>
+constexpr int HALVES = 2;
+template <int G>
+constexpr int COLUMN_VECTORS = 4;
 #else
-constexpr int MOST_QUERIES = 2, COLUMN_VECTORS = 2;
+template <int G>
+constexpr int HALVES = G > 2 ? 1 : 2;
+template <int G>
+constexpr int COLUMN_VECTORS = G > 2 ? 2 : 4;
 #endif
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // Scores of G queries with a block of keys. q: [G][stride]. out: [G][CHUNK], BLOCK written.
 template <class T, int G>
-inline void score_block(const T* q, size_t stride, const T* keys, int head_size, int key_size,
-                        float* out) {
-    constexpr int V = HALF / LANES, D = DEPTH<T>;
-    Vec sums[2][V][G];
-    for (auto& half : sums)
-        for (auto& lane : half)
-            for (auto& one : lane) one = zero();
-    for (int d = 0; d < head_size; d += D) {
-        Factor<T> x[G];
-        for (int g = 0; g < G; g++) x[g] = factor(q + g * stride + d);
-        for (int h = 0; h < 2; h++)
-            for (int v = 0; v < V; v++) {
-                Lanes<T> k = load_lanes(keys + size_t(h) * key_size * HALF + size_t(d) * HALF +
-                                        v * LANES * D);
-                for (int g = 0; g < G; g++) sums[h][v][g] = multiply_add(sums[h][v][g], k, x[g]);
+inline void score_block(const Operand<T>* q, size_t stride, const T* keys, int head_size,
+                        int key_size, float* out) {
+    constexpr int H = HALVES<G>, V = HALF / LANES, D = DEPTH<T>;
+    for (int first = 0; first < 2; first += H, keys += size_t(key_size) * HALF, out += HALF) {
+        Vec sums[H][V][G];
+        for (auto& half : sums)
+            for (auto& lanes : half)
+                for (auto& one : lanes) one = zero();
+        for (int d = 0; d < head_size; d += D)
+            for (int part = 0; part < PARTS<T>; part++) {
+                Lane<T> lanes[H][V];
+                for (int h = 0; h < H; h++)
+                    for (int v = 0; v < V; v++)
+                        lanes[h][v] = lane(
+                            keys + size_t(h) * key_size * HALF + size_t(d) * HALF + v * LANES * D,
+                            part);
+                for (int g = 0; g < G; g++) {
+                    const Lane<T> x = factor(q + g * stride + d, part);
+                    for (int h = 0; h < H; h++)
+                        for (int v = 0; v < V; v++)
+                            sums[h][v][g] = multiply_add(sums[h][v][g], lanes[h][v], x);
+                }
             }
+        for (int g = 0; g < G; g++)
+            for (int h = 0; h < H; h++)
+                for (int v = 0; v < V; v++)
+                    store(out + g * CHUNK + h * HALF + v * LANES, sums[h][v][g]);
     }
-    for (int g = 0; g < G; g++)
-        for (int h = 0; h < 2; h++)
-            for (int v = 0; v < V; v++)
-                store(out + g * CHUNK + h * HALF + v * LANES, sums[h][v][g]);
 }
 
 // Adds to C vectors of G results what `blocks` blocks of values give.
 // weights: [G][CHUNK]. result: [G][head_size], from the column on.
 template <class T, int G, int C>
-inline void weigh_columns(const T* weights, const Context<T>& context, int first_block, int blocks,
-                          int column, int head_size, float* result) {
+inline void weigh_columns(const Operand<T>* weights, const Context<T>& context, int first_block,
+                          int blocks, int column, int head_size, float* result) {
     constexpr int D = DEPTH<T>;
     Vec sums[G][C];
     for (int g = 0; g < G; g++)
@@ -86,12 +104,14 @@ inline void weigh_columns(const T* weights, const Context<T>& context, int first
             for (int c = 0; c < C; c++)
                 _mm_prefetch(reinterpret_cast<const char*>(next + t * head_size + c * LANES * D),
                              _MM_HINT_T0);
-            Lanes<T> v[C];
-            for (int c = 0; c < C; c++)
-                v[c] = load_lanes(values + size_t(t) * head_size + c * LANES * D);
-            for (int g = 0; g < G; g++) {
-                Factor<T> w = factor(weights + g * CHUNK + b * BLOCK + t);
-                for (int c = 0; c < C; c++) sums[g][c] = multiply_add(sums[g][c], v[c], w);
+            for (int part = 0; part < PARTS<T>; part++) {
+                Lane<T> lanes[C];
+                for (int c = 0; c < C; c++)
+                    lanes[c] = lane(values + size_t(t) * head_size + c * LANES * D, part);
+                for (int g = 0; g < G; g++) {
+                    const Lane<T> w = factor(weights + g * CHUNK + b * BLOCK + t, part);
+                    for (int c = 0; c < C; c++) sums[g][c] = multiply_add(sums[g][c], lanes[c], w);
+                }
             }
         }
     }
@@ -100,9 +120,9 @@ inline void weigh_columns(const T* weights, const Context<T>& context, int first
 }
 
 template <class T, int G>
-inline void weigh(const T* weights, const Context<T>& context, int first_block, int blocks,
+inline void weigh(const Operand<T>* weights, const Context<T>& context, int first_block, int blocks,
                   int head_size, float* result) {
-    constexpr int C = COLUMN_VECTORS;
+    constexpr int C = COLUMN_VECTORS<G>;
     int column = 0;
     for (; column + C * LANES <= head_size; column += C * LANES)
         weigh_columns<T, G, C>(weights, context, first_block, blocks, column, head_size, result);
@@ -116,8 +136,8 @@ struct Softmax {
 
     // Turns scores[0 .. count) into weights, those outside [from, to) into zeros.
     // Returns what earlier results are to be multiplied with.
-    template <class T>
-    float fold(float* scores, int count, int from, int to, const Look& look, T* weights) {
+    template <class Out>
+    float fold(float* scores, int count, int from, int to, const Look& look, Out* weights) {
         float scale = look.scale;
         if (look.soft_cap) {
             for (int j = 0; j < count; j += LANES)
@@ -130,8 +150,8 @@ struct Softmax {
         const int first = from / LANES * LANES, last = (to + LANES - 1) / LANES * LANES;
         std::fill(scores + first, scores + from, NEVER);
         std::fill(scores + to, scores + last, NEVER);
-        std::memset(weights, 0, first * sizeof(T));
-        std::memset(weights + last, 0, (count - last) * sizeof(T));
+        std::memset(weights, 0, first * sizeof(Out));
+        std::memset(weights + last, 0, (count - last) * sizeof(Out));
         Vec high = broadcast(NEVER);
         for (int j = first; j < last; j += LANES) high = max(high, load(scores + j));
         const float before = most;
@@ -167,8 +187,10 @@ inline void attend_heads(const T* q, const Context<T>& context, const Look& look
                          Operand<T>* out) {
     const int size = context.cache->head_size(), key_size = context.cache->key_size();
     alignas(64) float scores[G * CHUNK];
-    alignas(64) T weights[G * CHUNK];
+    alignas(64) Operand<T> weights[G * CHUNK];
     alignas(64) float result[G * MOST_HEAD_SIZE];
+    alignas(64) Operand<T> asks[G * MOST_HEAD_SIZE];
+    for (int j = 0; j < G * size; j += LANES) store(asks + j, load(q + j));
     std::fill(result, result + G * size, 0.f);
     Softmax softmax[G];
     const int first = look.first(position);
@@ -182,7 +204,7 @@ inline void attend_heads(const T* q, const Context<T>& context, const Look& look
                                                              : context.values(begin / BLOCK));
             for (int i = 0; i < int(size * BLOCK * sizeof(T)); i += 64)
                 _mm_prefetch(next + i, _MM_HINT_T0);
-            score_block<T, G>(q, size, keys, size, key_size, scores + b * BLOCK);
+            score_block<T, G>(asks, size, keys, size, key_size, scores + b * BLOCK);
         }
         for (int g = 0; g < G; g++) {
             const float fade = softmax[g].fold(scores + g * CHUNK, blocks * BLOCK, first - begin,

@@ -40,12 +40,12 @@ inline void multiply_rows(const Operand<T>* a, size_t stride, const T* w, int de
             const T* line = w + k * TILE_COLUMNS;
             if constexpr (FETCHES) __builtin_prefetch(line + AHEAD_BYTES / sizeof(T));
             // Of a pair first the one, then the other: both at once would need more registers.
-            for (int d = 0; d < D; d++) {
+            for (int part = 0; part < PARTS<T>; part++) {
                 Vec lanes[V];
-                for (int v = 0; v < V; v++) lanes[v] = lane(line + v * LANES * D, d);
+                for (int v = 0; v < V; v++) lanes[v] = lane(line + v * LANES * D, part);
                 for (int r = 0; r < R; r++) {
-                    const Vec x = broadcast(to_float(a[r * stride + k + d]));
-                    for (int v = 0; v < V; v++) sums[r][v] = fma(lanes[v], x, sums[r][v]);
+                    const Vec x = factor(a + r * stride + k, part);
+                    for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], lanes[v], x);
                 }
             }
         }

@@ -81,34 +81,30 @@ inline Vec zero_below(Vec x, Vec limit, Vec v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
 }
 
-template <class T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-    Vec v;
-};
-template <>
-struct Lanes<bf16> {
-    __m512i pairs;
-};
-template <class T>
-using Factor = Lanes<T>;
-
-// What rows are kept as that are multiplied with weights.
+// What rows are kept as that are multiplied with weights, keys or values of T.
 template <class T>
 using Operand = T;
 
-inline Lanes<float> load_lanes(const float* p) { return {load(p)}; }
-inline Lanes<bf16> load_lanes(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-inline Factor<float> factor(const float* p) { return {broadcast(*p)}; }
-inline Factor<bf16> factor(const bf16* p) {
+// As how many vectors a line of DEPTH neighbours is taken, one after the other.
+template <class T>
+constexpr int PARTS = 1;
+
+// Pairs of bf16, one a lane.
+struct Pairs {
+    __m512i v;
+};
+
+// A part of LANES columns, and the same part of one row, in all lanes.
+inline Vec lane(const float* line, int) { return load(line); }
+inline Pairs lane(const bf16* line, int) { return {_mm512_loadu_si512(line)}; }
+inline Vec factor(const float* x, int) { return broadcast(*x); }
+inline Pairs factor(const bf16* x, int) {
     int32_t pair;
-    std::memcpy(&pair, p, sizeof pair);
+    std::memcpy(&pair, x, sizeof pair);
     return {_mm512_set1_epi32(pair)};
 }
-inline Vec multiply_add(Vec sum, Lanes<float> a, Factor<float> b) { return fma(a.v, b.v, sum); }
-inline Vec multiply_add(Vec sum, Lanes<bf16> a, Factor<bf16> b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a.pairs, (__m512bh)b.pairs);
+inline Vec multiply_add(Vec sum, Pairs a, Pairs b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a.v, (__m512bh)b.v);
 }
 
 #else  // AVX2 and FMA
@@ -172,43 +168,8 @@ inline Vec zero_below(Vec x, Vec limit, Vec v) {
     return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), v);
 }
 
-template <class T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-    Vec v;
-};
-// Without an instruction for pairs: the first and the second of each, as floats.
-template <>
-struct Lanes<bf16> {
-    Vec first, second;
-};
-template <class T>
-using Factor = Lanes<T>;
-
-inline Lanes<float> load_lanes(const float* p) { return {load(p)}; }
-// The first of each pair, or the second.
-inline Vec first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline Vec second_of(__m256i pairs) {
-    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
-}
-inline Lanes<bf16> split(__m256i pairs) { return {first_of(pairs), second_of(pairs)}; }
-inline Lanes<bf16> load_lanes(const bf16* p) {
-    return split(_mm256_loadu_si256((const __m256i*)p));
-}
-inline Factor<float> factor(const float* p) { return {broadcast(*p)}; }
-inline Factor<bf16> factor(const bf16* p) {
-    int32_t pair;
-    std::memcpy(&pair, p, sizeof pair);
-    return split(_mm256_set1_epi32(pair));
-}
-inline Vec multiply_add(Vec sum, Lanes<float> a, Factor<float> b) { return fma(a.v, b.v, sum); }
-inline Vec multiply_add(Vec sum, Lanes<bf16> a, Factor<bf16> b) {
-    return fma(a.second, b.second, fma(a.first, b.first, sum));
-}
-
-// A float that is a bf16. Rows that are multiplied with weights are kept as such: made floats once,
-// where they are written, and not again for every 16 columns.
+// A float that is a bf16. Without an instruction for pairs, rows that are multiplied are kept as
+// such: made floats once, where they are written, and not again for every 16 columns.
 struct Rounded {
     float value;
 };
@@ -217,6 +178,12 @@ inline void from_float(float x, Rounded* out) {
     bf16 rounded;
     from_float(x, &rounded);
     out->value = to_float(rounded);
+}
+
+// The first of each pair, or the second.
+inline Vec first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Vec second_of(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
 }
 inline void store(Rounded* p, Vec v) { store(&p->value, second_of(round_to_bf16(v))); }
 
@@ -228,18 +195,29 @@ template <>
 struct OperandOf<bf16> {
     using Type = Rounded;
 };
-// What rows are kept as that are multiplied with weights.
+// What rows are kept as that are multiplied with weights, keys or values of T.
 template <class T>
 using Operand = typename OperandOf<T>::Type;
 
-// Weights of one of DEPTH neighbours of the inner dimension, for LANES columns.
+// As how many vectors a line of DEPTH neighbours is taken, one after the other.
+template <class T>
+constexpr int PARTS = DEPTH<T>;
+
+// A part of LANES columns, and the same part of one row, in all lanes.
 inline Vec lane(const float* line, int) { return load(line); }
-inline Vec lane(const bf16* line, int which) {
+inline Vec lane(const bf16* line, int part) {
     const __m256i pairs = _mm256_loadu_si256((const __m256i*)line);
-    return which ? second_of(pairs) : first_of(pairs);
+    return part ? second_of(pairs) : first_of(pairs);
 }
+inline Vec factor(const float* x, int) { return broadcast(*x); }
+inline Vec factor(const Rounded* x, int part) { return broadcast(x[part].value); }
 
 #endif
+
+template <class T>
+using Lane = decltype(lane(static_cast<const T*>(nullptr), 0));
+
+inline Vec multiply_add(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
 
 // e^x with a relative error below 3e-7; 0 below e^-87, not a number for what is none.
 inline Vec exp(Vec x) {
