@@ -53,28 +53,26 @@ int attention_probe(int tiles, int heads, int kv_heads, int size, int count, int
         }
     const Look look{scale, window, soft_cap};
     const size_t stride = size_t(heads) * size;
+    std::vector<Operand<T>> results(count * stride);
     Tiles on;
     for (int h = 0; h < kv_heads; h++) {
         const Context<T> context{&cache, 1, h, table};
         const size_t offset = size_t(h) * group * size;
-        if (tiles) {
+        const Rows<T> rows{group, q + offset, stride, results.data() + offset, stride, position};
+        if (!tiles) {
+            attend_rows(count, rows, context, look);
+            continue;
+        }
 #if RTS_TILES
-            if constexpr (sizeof(T) == sizeof(bf16)) {
-                auto scratch = std::make_unique<TileScratch>();
-                attend_rows(count, group, q + offset, stride, context, look, position, out + offset,
-                            stride, *scratch);
-                continue;
-            }
+        if constexpr (sizeof(T) == sizeof(bf16)) {
+            auto scratch = std::make_unique<TileScratch>();
+            attend_in_tiles(count, rows, context, look, *scratch);
+            continue;
+        }
 #endif
-            return -1;
-        }
-        std::vector<Operand<T>> row(size_t(group) * size);
-        for (int i = 0; i < count; i++) {
-            attend_row(group, q + i * stride + offset, context, look, position + i, row.data());
-            for (size_t j = 0; j < row.size(); j++)
-                from_float(to_float(row[j]), &out[i * stride + offset + j]);
-        }
+        return -1;
     }
+    for (size_t j = 0; j < results.size(); j++) from_float(to_float(results[j]), out + j);
     return 0;
 }
 

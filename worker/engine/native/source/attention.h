@@ -138,6 +138,11 @@ struct Softmax {
     // Returns what earlier results are to be multiplied with.
     template <class Out>
     float fold(float* scores, int count, int from, int to, const Look& look, Out* weights) {
+        from = std::max(from, 0), to = std::min(to, count);
+        if (from >= to) {
+            std::memset(weights, 0, count * sizeof(Out));
+            return 1;
+        }
         float scale = look.scale;
         if (look.soft_cap) {
             for (int j = 0; j < count; j += LANES)
@@ -146,7 +151,6 @@ struct Softmax {
             scale = 1;
         }
         // Whole vectors outside are passed over.
-        from = std::max(from, 0), to = std::min(to, count);
         const int first = from / LANES * LANES, last = (to + LANES - 1) / LANES * LANES;
         std::fill(scores + first, scores + from, NEVER);
         std::fill(scores + to, scores + last, NEVER);
@@ -164,7 +168,8 @@ struct Softmax {
             store(weights + j, e);
         }
         const float fade = before == NEVER ? 0 : std::exp(before - most);
-        total = total * fade + sum(sums);
+        // Said, not left to the compiler: it may round once here and twice there.
+        total = std::fma(total, fade, sum(sums));
         return fade;
     }
 };
@@ -181,22 +186,41 @@ inline void finish_result(const float* result, int size, float total, Out* out) 
 
 constexpr int MOST_HEAD_SIZE = 256;
 
-// G heads of one row that share keys. q: [G][head_size] side by side, out the same.
+// Rows of one sequence from `position` on, with all heads that share the context's head.
+// q, out: [rows][...][head_size], a row's heads side by side, the strides from row to row.
+template <class T>
+struct Rows {
+    int heads;
+    const T* q;
+    size_t q_stride;
+    Operand<T>* out;
+    size_t out_stride;
+    int position;
+};
+
+// G queries from the index-th on, counted row by row: those of a prompt's neighbours share keys,
+// too.
 template <class T, int G>
-inline void attend_heads(const T* q, const Context<T>& context, const Look& look, int position,
-                         Operand<T>* out) {
+inline void attend_queries(const Rows<T>& rows, int index, const Context<T>& context,
+                           const Look& look) {
     const int size = context.cache->head_size(), key_size = context.cache->key_size();
     alignas(64) float scores[G * CHUNK];
     alignas(64) Operand<T> weights[G * CHUNK];
     alignas(64) float result[G * MOST_HEAD_SIZE];
     alignas(64) Operand<T> asks[G * MOST_HEAD_SIZE];
-    for (int j = 0; j < G * size; j += LANES) store(asks + j, load(q + j));
+    int row[G], head[G], position[G];
+    for (int g = 0; g < G; g++) {
+        row[g] = (index + g) / rows.heads, head[g] = (index + g) % rows.heads;
+        position[g] = rows.position + row[g];
+        const T* q = rows.q + row[g] * rows.q_stride + size_t(head[g]) * size;
+        for (int j = 0; j < size; j += LANES) store(asks + g * size + j, load(q + j));
+    }
     std::fill(result, result + G * size, 0.f);
     Softmax softmax[G];
-    const int first = look.first(position);
-    for (int chunk = first / CHUNK * CHUNK; chunk <= position; chunk += CHUNK) {
+    const int first = look.first(position[0]), last = position[G - 1];
+    for (int chunk = first / CHUNK * CHUNK; chunk <= last; chunk += CHUNK) {
         const int begin = std::max(chunk, first / BLOCK * BLOCK);
-        const int blocks = (std::min(chunk + CHUNK, position + 1) - begin + BLOCK - 1) / BLOCK;
+        const int blocks = (std::min(chunk + CHUNK, last + 1) - begin + BLOCK - 1) / BLOCK;
         for (int b = 0; b < blocks; b++) {
             const T* keys = context.keys(begin / BLOCK + b);
             const char* next =
@@ -207,33 +231,33 @@ inline void attend_heads(const T* q, const Context<T>& context, const Look& look
             score_block<T, G>(asks, size, keys, size, key_size, scores + b * BLOCK);
         }
         for (int g = 0; g < G; g++) {
-            const float fade = softmax[g].fold(scores + g * CHUNK, blocks * BLOCK, first - begin,
-                                               position + 1 - begin, look, weights + g * CHUNK);
+            const float fade =
+                softmax[g].fold(scores + g * CHUNK, blocks * BLOCK, look.first(position[g]) - begin,
+                                position[g] + 1 - begin, look, weights + g * CHUNK);
             fade_result(result + g * size, size, fade);
         }
         weigh<T, G>(weights, context, begin / BLOCK, blocks, size, result);
     }
     for (int g = 0; g < G; g++)
-        finish_result(result + g * size, size, softmax[g].total, out + g * size);
+        finish_result(result + g * size, size, softmax[g].total,
+                      rows.out + row[g] * rows.out_stride + size_t(head[g]) * size);
 }
 
 template <class T, int G = MOST_QUERIES>
-inline void attend_some(int heads, const T* q, const Context<T>& context, const Look& look,
-                        int position, Operand<T>* out) {
+inline void attend_some(int queries, const Rows<T>& rows, int index, const Context<T>& context,
+                        const Look& look) {
     if constexpr (G > 0) {
-        if (heads >= G) return attend_heads<T, G>(q, context, look, position, out);
-        attend_some<T, G - 1>(heads, q, context, look, position, out);
+        if (queries >= G) return attend_queries<T, G>(rows, index, context, look);
+        attend_some<T, G - 1>(queries, rows, index, context, look);
     }
 }
 
-// One row: all `heads` query heads that share the context's head.
 template <class T>
-inline void attend_row(int heads, const T* q, const Context<T>& context, const Look& look,
-                       int position, Operand<T>* out) {
-    const int size = context.cache->head_size();
-    for (int h = 0; h < heads; h += MOST_QUERIES)
-        attend_some<T>(std::min(MOST_QUERIES, heads - h), q + size_t(h) * size, context, look,
-                       position, out + size_t(h) * size);
+inline void attend_rows(int count, const Rows<T>& rows, const Context<T>& context,
+                        const Look& look) {
+    const int queries = count * rows.heads;
+    for (int i = 0; i < queries; i += MOST_QUERIES)
+        attend_some<T>(std::min(MOST_QUERIES, queries - i), rows, i, context, look);
 }
 
 }  // namespace rts

@@ -91,14 +91,9 @@ inline void attend_tile(int tokens, int heads, const bf16* q, size_t q_stride,
         float fades[TILE_ROWS];
         for (int r = 0; r < rows; r++) {
             const int own = position + r / heads;
-            bf16* weights = scratch.weights + r * CHUNK;
-            if (look.first(own) >= begin + blocks * BLOCK || own < begin) {
-                std::memset(weights, 0, blocks * BLOCK * sizeof(bf16));
-                fades[r] = 1;
-                continue;
-            }
-            fades[r] = softmax[r].fold(scratch.scores + r * CHUNK, blocks * BLOCK,
-                                       look.first(own) - begin, own + 1 - begin, look, weights);
+            fades[r] =
+                softmax[r].fold(scratch.scores + r * CHUNK, blocks * BLOCK, look.first(own) - begin,
+                                own + 1 - begin, look, scratch.weights + r * CHUNK);
         }
         int column = 0;
         for (; column + 64 <= size; column += 64)
@@ -117,17 +112,17 @@ inline void attend_tile(int tokens, int heads, const bf16* q, size_t q_stride,
                       out + r / heads * out_stride + size_t(r % heads) * size);
 }
 
-// `count` rows of a sequence from `position` on, in as many tiles as it takes.
-inline void attend_rows(int count, int heads, const bf16* q, size_t q_stride,
-                        const Context<bf16>& context, const Look& look, int position, bf16* out,
-                        size_t out_stride, TileScratch& scratch) {
+// As attend_rows, in as many tiles as it takes.
+inline void attend_in_tiles(int count, const Rows<bf16>& rows, const Context<bf16>& context,
+                            const Look& look, TileScratch& scratch) {
     const int size = context.cache->head_size();
-    for (int h = 0; h < heads; h += TILE_ROWS) {
-        const int some = std::min(TILE_ROWS, heads - h), tokens = TILE_ROWS / some;
+    for (int h = 0; h < rows.heads; h += TILE_ROWS) {
+        const int some = std::min(TILE_ROWS, rows.heads - h), tokens = TILE_ROWS / some;
         for (int t = 0; t < count; t += tokens)
-            attend_tile(std::min(tokens, count - t), some, q + t * q_stride + size_t(h) * size,
-                        q_stride, context, look, position + t,
-                        out + t * out_stride + size_t(h) * size, out_stride, scratch);
+            attend_tile(std::min(tokens, count - t), some,
+                        rows.q + t * rows.q_stride + size_t(h) * size, rows.q_stride, context, look,
+                        rows.position + t, rows.out + t * rows.out_stride + size_t(h) * size,
+                        rows.out_stride, scratch);
     }
 }
 

@@ -405,20 +405,20 @@ class Decoder final : public Engine {
         const int group = shape_.heads / shape_.kv_heads, size = shape_.head_size;
         const Context<T> context{&cache_, layer, piece.head,
                                  s.table + s.sequence[piece.row] * s.table_width};
-        const int position = int(s.positions[piece.row]);
         const size_t offset = size_t(piece.head) * group * size;
-        const T* q = row(qkv_, piece.row, qkv_width_) + offset;
-        Operand<T>* out = row(attention_, piece.row, attention_width_) + offset;
+        const Rows<T> rows{group,
+                           row(qkv_, piece.row, qkv_width_) + offset,
+                           size_t(qkv_width_),
+                           row(attention_, piece.row, attention_width_) + offset,
+                           size_t(attention_width_),
+                           int(s.positions[piece.row])};
 #if RTS_TILES
         // The two kernels round differently: an exact engine has only one of them.
         if constexpr (sizeof(T) == sizeof(bf16))
             if (piece.count > 1 && !shape_.exact)
-                return attend_rows(piece.count, group, q, qkv_width_, context, look, position, out,
-                                   attention_width_, *scratch_[thread]);
+                return attend_in_tiles(piece.count, rows, context, look, *scratch_[thread]);
 #endif
-        for (int i = 0; i < piece.count; i++)
-            attend_row(group, q + size_t(i) * qkv_width_, context, look, position + i,
-                       out + size_t(i) * attention_width_);
+        attend_rows(piece.count, rows, context, look);
     }
 
     void cap_logits(int panel, float* values) const {
