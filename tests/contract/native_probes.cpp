@@ -24,7 +24,7 @@ void multiply_probe(int rows, int inputs, int outputs, int gate_up, const T* a, 
     const Order order = gate_up ? Order::gate_up : Order::plain;
     Matrix<T> m = pack(memory, team, weights, outputs, inputs, order);
     if (bias) m.bias = pack_bias(memory, m, bias, order);
-    auto padded = memory.zeros<Operand<T>>(size_t(round_up(rows, 32)) * m.depth);
+    auto padded = memory.zeros<Operand<T>>(size_t(round_up(rows, PANEL_ROWS)) * m.depth);
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < inputs; k++)
             from_float(to_float(a[r * inputs + k]), &padded[size_t(r) * m.depth + k]);
@@ -53,12 +53,15 @@ int attention_probe(int tiles, int heads, int kv_heads, int size, int count, int
         }
     const Look look{scale, window, soft_cap};
     const size_t stride = size_t(heads) * size;
-    std::vector<Operand<T>> results(count * stride);
+    Operand<T> nothing;
+    from_float(NAN, &nothing);
+    std::vector<Operand<T>> results(count * stride, nothing);
     Tiles on;
     for (int h = 0; h < kv_heads; h++) {
         const Context<T> context{&cache, 1, h, table};
         const size_t offset = size_t(h) * group * size;
-        const Rows<T> rows{group, q + offset, stride, results.data() + offset, stride, position};
+        const QueryRows<T> rows{group,  q + offset, stride, results.data() + offset,
+                                stride, position};
         if (!tiles) {
             attend_rows(count, rows, context, look);
             continue;
@@ -123,8 +126,15 @@ void probe_function(int which, int n, const float* x, float* out) {
     }
 }
 
-void probe_to_bf16(int n, const float* x, uint16_t* by_vector, uint16_t* by_one) {
-    for (int j = 0; j < n; j += LANES) store(reinterpret_cast<bf16*>(by_vector) + j, load(x + j));
+// as_operand: the floats that rows of bf16 are multiplied as.
+void probe_to_bf16(int n, const float* x, uint16_t* by_vector, uint16_t* by_one,
+                   float* as_operand) {
+    std::vector<Operand<bf16>> operands(n);
+    for (int j = 0; j < n; j += LANES) {
+        store(reinterpret_cast<bf16*>(by_vector) + j, load(x + j));
+        store(operands.data() + j, load(x + j));
+    }
+    for (int j = 0; j < n; j++) as_operand[j] = to_float(operands[j]);
     for (int j = 0; j < n; j++) from_float(x[j], reinterpret_cast<bf16*>(by_one) + j);
 }
 

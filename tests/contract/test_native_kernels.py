@@ -96,11 +96,11 @@ def test_multiply(
 
 @KINDS
 def test_a_row_does_not_depend_on_the_others(probes: ctypes.CDLL, kind: torch.dtype) -> None:
-    a, w = randn(70, 96).to(kind), randn(64, 96, seed=1).to(kind)
+    a, w = randn(70, 600).to(kind), randn(64, 600, seed=1).to(kind)
     results = []
     for rows in (1, 3, 16, 17, 40, 70):
         got = torch.empty(rows, 64)
-        probes.probe_multiply(kind == torch.bfloat16, rows, 96, 64, 0, p(a), p(w), p(None), p(got))
+        probes.probe_multiply(kind == torch.bfloat16, rows, 600, 64, 0, p(a), p(w), p(None), p(got))
         results.append(got)
     for got in results:
         assert torch.equal(got, results[-1][: len(got)])
@@ -141,6 +141,9 @@ def attention(
         (8, 1, 5, 1100, 40, 0.0),
         (20, 1, 70, 3, 9, 6.0),
         (3, 3, 33, 510, 600, 0.0),
+        # Neighbours of whom some see nothing of the first chunk.
+        (1, 1, 16, 511, 9, 6.0),
+        (3, 1, 40, 500, 40, 0.0),
     ],
 )
 def test_attention(
@@ -228,10 +231,11 @@ def test_rounding_to_bf16(probes: ctypes.CDLL) -> None:
     x = torch.nn.functional.pad(x, (0, -x.numel() % 16))
     x[-1] = float("nan")
     got = torch.empty(2, x.numel(), dtype=torch.bfloat16)
-    probes.probe_to_bf16(x.numel(), p(x), p(got[0]), p(got[1]))
+    operand = torch.empty(x.numel())
+    probes.probe_to_bf16(x.numel(), p(x), p(got[0]), p(got[1]), p(operand))
     want = x.to(torch.bfloat16)
-    for one in got:
-        assert torch.equal(one[:-1], want[:-1])
+    for one in (*got, operand):
+        assert torch.equal(one[:-1], want[:-1].to(one.dtype))
         assert one[-1].isnan()
 
 

@@ -2,7 +2,8 @@
 // context. Source: FlashAttention (Dao et al., 2022), Milakov and Gimelshein (2018).
 //
 // A row's result depends on its own queries and on its own sequence alone. Chunks begin at
-// multiples of CHUNK whatever a row sees, so that the sums are the same in every batch.
+// multiples of CHUNK whatever a row sees, so that the sums are the same in every batch; what a row
+// does not see of what its neighbours do is a number times zero.
 #pragma once
 
 #include <algorithm>
@@ -68,14 +69,14 @@ inline void score_block(const Operand<T>* q, size_t stride, const T* keys, int h
                 for (auto& one : lanes) one = zero();
         for (int d = 0; d < head_size; d += D)
             for (int part = 0; part < PARTS<T>; part++) {
-                Lane<T> lanes[H][V];
+                Columns<T> lanes[H][V];
                 for (int h = 0; h < H; h++)
                     for (int v = 0; v < V; v++)
-                        lanes[h][v] = lane(
+                        lanes[h][v] = columns(
                             keys + size_t(h) * key_size * HALF + size_t(d) * HALF + v * LANES * D,
                             part);
                 for (int g = 0; g < G; g++) {
-                    const Lane<T> x = factor(q + g * stride + d, part);
+                    const Columns<T> x = factor(q + g * stride + d, part);
                     for (int h = 0; h < H; h++)
                         for (int v = 0; v < V; v++)
                             sums[h][v][g] = multiply_add(sums[h][v][g], lanes[h][v], x);
@@ -105,11 +106,11 @@ inline void weigh_columns(const Operand<T>* weights, const Context<T>& context, 
                 _mm_prefetch(reinterpret_cast<const char*>(next + t * head_size + c * LANES * D),
                              _MM_HINT_T0);
             for (int part = 0; part < PARTS<T>; part++) {
-                Lane<T> lanes[C];
+                Columns<T> lanes[C];
                 for (int c = 0; c < C; c++)
-                    lanes[c] = lane(values + size_t(t) * head_size + c * LANES * D, part);
+                    lanes[c] = columns(values + size_t(t) * head_size + c * LANES * D, part);
                 for (int g = 0; g < G; g++) {
-                    const Lane<T> w = factor(weights + g * CHUNK + b * BLOCK + t, part);
+                    const Columns<T> w = factor(weights + g * CHUNK + b * BLOCK + t, part);
                     for (int c = 0; c < C; c++) sums[g][c] = multiply_add(sums[g][c], lanes[c], w);
                 }
             }
@@ -189,7 +190,7 @@ constexpr int MOST_HEAD_SIZE = 256;
 // Rows of one sequence from `position` on, with all heads that share the context's head.
 // q, out: [rows][...][head_size], a row's heads side by side, the strides from row to row.
 template <class T>
-struct Rows {
+struct QueryRows {
     int heads;
     const T* q;
     size_t q_stride;
@@ -201,19 +202,19 @@ struct Rows {
 // G queries from the index-th on, counted row by row: those of a prompt's neighbours share keys,
 // too.
 template <class T, int G>
-inline void attend_queries(const Rows<T>& rows, int index, const Context<T>& context,
+inline void attend_queries(const QueryRows<T>& rows, int index, const Context<T>& context,
                            const Look& look) {
     const int size = context.cache->head_size(), key_size = context.cache->key_size();
     alignas(64) float scores[G * CHUNK];
     alignas(64) Operand<T> weights[G * CHUNK];
     alignas(64) float result[G * MOST_HEAD_SIZE];
-    alignas(64) Operand<T> asks[G * MOST_HEAD_SIZE];
+    alignas(64) Operand<T> queries[G * MOST_HEAD_SIZE];
     int row[G], head[G], position[G];
     for (int g = 0; g < G; g++) {
         row[g] = (index + g) / rows.heads, head[g] = (index + g) % rows.heads;
         position[g] = rows.position + row[g];
         const T* q = rows.q + row[g] * rows.q_stride + size_t(head[g]) * size;
-        for (int j = 0; j < size; j += LANES) store(asks + g * size + j, load(q + j));
+        for (int j = 0; j < size; j += LANES) store(queries + g * size + j, load(q + j));
     }
     std::fill(result, result + G * size, 0.f);
     Softmax softmax[G];
@@ -228,7 +229,7 @@ inline void attend_queries(const Rows<T>& rows, int index, const Context<T>& con
                                                              : context.values(begin / BLOCK));
             for (int i = 0; i < int(size * BLOCK * sizeof(T)); i += 64)
                 _mm_prefetch(next + i, _MM_HINT_T0);
-            score_block<T, G>(asks, size, keys, size, key_size, scores + b * BLOCK);
+            score_block<T, G>(queries, size, keys, size, key_size, scores + b * BLOCK);
         }
         for (int g = 0; g < G; g++) {
             const float fade =
@@ -244,7 +245,7 @@ inline void attend_queries(const Rows<T>& rows, int index, const Context<T>& con
 }
 
 template <class T, int G = MOST_QUERIES>
-inline void attend_some(int queries, const Rows<T>& rows, int index, const Context<T>& context,
+inline void attend_some(int queries, const QueryRows<T>& rows, int index, const Context<T>& context,
                         const Look& look) {
     if constexpr (G > 0) {
         if (queries >= G) return attend_queries<T, G>(rows, index, context, look);
@@ -253,11 +254,11 @@ inline void attend_some(int queries, const Rows<T>& rows, int index, const Conte
 }
 
 template <class T>
-inline void attend_rows(int count, const Rows<T>& rows, const Context<T>& context,
+inline void attend_rows(int count, const QueryRows<T>& rows, const Context<T>& context,
                         const Look& look) {
-    const int queries = count * rows.heads;
-    for (int i = 0; i < queries; i += MOST_QUERIES)
-        attend_some<T>(std::min(MOST_QUERIES, queries - i), rows, i, context, look);
+    const int all = count * rows.heads;
+    for (int i = 0; i < all; i += MOST_QUERIES)
+        attend_some<T>(std::min(MOST_QUERIES, all - i), rows, i, context, look);
 }
 
 }  // namespace rts

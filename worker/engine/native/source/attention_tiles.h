@@ -113,7 +113,7 @@ inline void attend_tile(int tokens, int heads, const bf16* q, size_t q_stride,
 }
 
 // As attend_rows, in as many tiles as it takes.
-inline void attend_in_tiles(int count, const Rows<bf16>& rows, const Context<bf16>& context,
+inline void attend_in_tiles(int count, const QueryRows<bf16>& rows, const Context<bf16>& context,
                             const Look& look, TileScratch& scratch) {
     const int size = context.cache->head_size();
     for (int h = 0; h < rows.heads; h += TILE_ROWS) {

@@ -9,6 +9,7 @@
 
 #include "matrix.h"
 #include "simd.h"
+#include "team.h"
 #if defined(__AVX512F__)
 #include "matmul_avx512.h"
 #else
@@ -17,18 +18,19 @@
 
 namespace rts {
 
-// Rows are multiplied in blocks that stay in the second-level cache while a panel passes by.
+// Rows are multiplied in blocks that stay in the second-level cache while a panel passes by; in
+// part in the third, where they are twice as wide as T.
 constexpr size_t BLOCK_BYTES = size_t(1) << 20;
 constexpr int BLOCK_ROWS = 256;
 
 template <class T>
 int block_rows(int depth) {
-    int rows = int(BLOCK_BYTES / (size_t(depth) * sizeof(T))) / 32 * 32;
-    return std::clamp(rows, 32, BLOCK_ROWS);
+    int rows = int(BLOCK_BYTES / (size_t(depth) * sizeof(T))) / PANEL_ROWS * PANEL_ROWS;
+    return std::clamp(rows, PANEL_ROWS, BLOCK_ROWS);
 }
 
-// Rows times a matrix, by all threads. a: [rows rounded up to 32][stride], as wide as the matrix is
-// deep. use(panel, row, values) gets PANEL values, the bias added.
+// Rows times a matrix, by all threads. a: [rows rounded up to PANEL_ROWS][stride], as wide as the
+// matrix is deep. use(panel, row, values) gets PANEL values, the bias added.
 template <class T, class Use>
 void multiply(Team& team, int thread, const Operand<T>* a, size_t stride, int rows,
               const Matrix<T>& m, Use use) {

@@ -42,7 +42,7 @@ inline void multiply_rows(const Operand<T>* a, size_t stride, const T* w, int de
             // Of a pair first the one, then the other: both at once would need more registers.
             for (int part = 0; part < PARTS<T>; part++) {
                 Vec lanes[V];
-                for (int v = 0; v < V; v++) lanes[v] = lane(line + v * LANES * D, part);
+                for (int v = 0; v < V; v++) lanes[v] = columns(line + v * LANES * D, part);
                 for (int r = 0; r < R; r++) {
                     const Vec x = factor(a + r * stride + k, part);
                     for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], lanes[v], x);

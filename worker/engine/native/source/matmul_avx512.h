@@ -25,10 +25,10 @@ inline void multiply_rows(const T* a, size_t stride, const T* panel, int depth, 
     for (int k = 0; k < depth; k += DEPTH<T>) {
         const T* line = panel + place_in_panel<T>(k, 0);
         __builtin_prefetch(line + AHEAD_BYTES / sizeof(T));
-        Lane<T> lanes[V];
-        for (int v = 0; v < V; v++) lanes[v] = lane(line + place_in_panel<T>(0, v * LANES), 0);
+        Columns<T> lanes[V];
+        for (int v = 0; v < V; v++) lanes[v] = columns(line + place_in_panel<T>(0, v * LANES), 0);
         for (int r = 0; r < R; r++) {
-            const Lane<T> x = factor(a + r * stride + k, 0);
+            const Columns<T> x = factor(a + r * stride + k, 0);
             for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], lanes[v], x);
         }
     }

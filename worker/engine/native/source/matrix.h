@@ -22,10 +22,10 @@ struct Part {
 };
 
 // A linear layer, y = x W' + b, with W in panels of PANEL outputs, and a panel in tiles:
-// [panel][inner / TILE_DEPTH][2][TILE_DEPTH / DEPTH][TILE_COLUMNS][DEPTH]. A panel is read from its
-// beginning to its end, once for each block of rows of x, so it streams from memory; a tile of bf16
-// is one of AMX, 1 KiB side by side, and a line of it is one or two vectors.
-// What fills up the last panel and the inner dimension is zero.
+// [panel][inner / TILE_DEPTH][2][TILE_DEPTH / DEPTH][TILE_COLUMNS][DEPTH]. Where there are few
+// rows, or tiles of AMX, a panel is read from its beginning to its end, so it streams from memory;
+// a tile of bf16 is one of AMX, 1 KiB side by side, and a line of it is one or two vectors. What
+// fills up the last panel and the inner dimension is zero.
 template <class T>
 struct Matrix {
     int outputs = 0, inputs = 0;

@@ -49,7 +49,8 @@ class Decoder final : public Engine {
           sin_(shape.rope_tables),
           samplers_(shape.threads) {
         for (int i = 0; i < shape.layers; i++) layers_[i].asks = layers[i];
-        const size_t rows = round_up(shape.most_rows, 32), outs = round_up(shape.most_outs, 32);
+        const size_t rows = round_up(shape.most_rows, PANEL_ROWS),
+                     outs = round_up(shape.most_outs, PANEL_ROWS);
         x_ = memory_.zeros<float>(rows * width_);
         y_ = memory_.zeros<float>(rows * width_);
         h_ = memory_.zeros<Operand<T>>(std::max(rows, outs) * width_);
@@ -406,12 +407,12 @@ class Decoder final : public Engine {
         const Context<T> context{&cache_, layer, piece.head,
                                  s.table + s.sequence[piece.row] * s.table_width};
         const size_t offset = size_t(piece.head) * group * size;
-        const Rows<T> rows{group,
-                           row(qkv_, piece.row, qkv_width_) + offset,
-                           size_t(qkv_width_),
-                           row(attention_, piece.row, attention_width_) + offset,
-                           size_t(attention_width_),
-                           int(s.positions[piece.row])};
+        const QueryRows<T> rows{group,
+                                row(qkv_, piece.row, qkv_width_) + offset,
+                                size_t(qkv_width_),
+                                row(attention_, piece.row, attention_width_) + offset,
+                                size_t(attention_width_),
+                                int(s.positions[piece.row])};
 #if RTS_TILES
         // The two kernels round differently: an exact engine has only one of them.
         if constexpr (sizeof(T) == sizeof(bf16))

@@ -42,8 +42,9 @@ inline void rotate(const T* head, const float* norm, int size, float eps, const 
     const int half = size / 2;
     for (int j = 0; j < half; j++) {
         const float a = out[j], b = out[j + half];
-        out[j] = a * cos[j] - b * sin[j];
-        out[j + half] = b * cos[j] + a * sin[j];
+        // Which product is rounded is said, so that it is the same wherever this is inlined.
+        out[j] = std::fma(a, cos[j], -(b * sin[j]));
+        out[j + half] = std::fma(b, cos[j], a * sin[j]);
     }
 }
 

@@ -1,5 +1,5 @@
-// Vectors of floats, and what is multiplied with them: the only file that knows instruction sets,
-// beside the tiles of AMX in tiles.h.
+// Vectors of floats, and what is multiplied with them. Instructions are named here, and those of
+// AMX in tiles.h and the kernels that use tiles; other files only ask how many registers there are.
 //
 // A multiplication takes DEPTH neighbours of the inner dimension at once: two bf16 (what one
 // 32-bit lane holds), or one float. Everything that is multiplied - weights, keys, values - is laid
@@ -94,9 +94,9 @@ struct Pairs {
     __m512i v;
 };
 
-// A part of LANES columns, and the same part of one row, in all lanes.
-inline Vec lane(const float* line, int) { return load(line); }
-inline Pairs lane(const bf16* line, int) { return {_mm512_loadu_si512(line)}; }
+// A part of a line, for LANES columns, and the same part of one row, in all lanes.
+inline Vec columns(const float* line, int) { return load(line); }
+inline Pairs columns(const bf16* line, int) { return {_mm512_loadu_si512(line)}; }
 inline Vec factor(const float* x, int) { return broadcast(*x); }
 inline Pairs factor(const bf16* x, int) {
     int32_t pair;
@@ -120,7 +120,7 @@ inline Vec load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-// To the nearest bf16, ties to even; what is below it is left over.
+// To the nearest bf16, ties to even, in the upper half of each lane; the lower means nothing.
 inline __m256i round_to_bf16(Vec v) {
     __m256i bits = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -203,9 +203,9 @@ using Operand = typename OperandOf<T>::Type;
 template <class T>
 constexpr int PARTS = DEPTH<T>;
 
-// A part of LANES columns, and the same part of one row, in all lanes.
-inline Vec lane(const float* line, int) { return load(line); }
-inline Vec lane(const bf16* line, int part) {
+// A part of a line, for LANES columns, and the same part of one row, in all lanes.
+inline Vec columns(const float* line, int) { return load(line); }
+inline Vec columns(const bf16* line, int part) {
     const __m256i pairs = _mm256_loadu_si256((const __m256i*)line);
     return part ? second_of(pairs) : first_of(pairs);
 }
@@ -215,7 +215,7 @@ inline Vec factor(const Rounded* x, int part) { return broadcast(x[part].value);
 #endif
 
 template <class T>
-using Lane = decltype(lane(static_cast<const T*>(nullptr), 0));
+using Columns = decltype(columns(static_cast<const T*>(nullptr), 0));
 
 inline Vec multiply_add(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
 
