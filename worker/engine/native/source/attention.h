@@ -244,21 +244,13 @@ inline void attend_queries(const QueryRows<T>& rows, int index, const Context<T>
                       rows.out + row[g] * rows.out_stride + size_t(head[g]) * size);
 }
 
-template <class T, int G = MOST_QUERIES>
-inline void attend_some(int queries, const QueryRows<T>& rows, int index, const Context<T>& context,
-                        const Look& look) {
-    if constexpr (G > 0) {
-        if (queries >= G) return attend_queries<T, G>(rows, index, context, look);
-        attend_some<T, G - 1>(queries, rows, index, context, look);
-    }
-}
-
 template <class T>
 inline void attend_rows(int count, const QueryRows<T>& rows, const Context<T>& context,
                         const Look& look) {
     const int all = count * rows.heads;
     for (int i = 0; i < all; i += MOST_QUERIES)
-        attend_some<T>(std::min(MOST_QUERIES, all - i), rows, i, context, look);
+        with_constant<MOST_QUERIES>(
+            all - i, [&](auto some) { attend_queries<T, some>(rows, i, context, look); });
 }
 
 }  // namespace rts

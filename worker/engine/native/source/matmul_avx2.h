@@ -53,15 +53,6 @@ inline void multiply_rows(const Operand<T>* a, size_t stride, const T* w, int de
         for (int v = 0; v < V; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
 }
 
-template <class T, bool FETCHES, int R = KERNEL_ROWS>
-inline void multiply_some(int rows, const Operand<T>* a, size_t stride, const T* w, int depth,
-                          float* out, bool begins) {
-    if constexpr (R > 0) {
-        if (rows >= R) return multiply_rows<T, FETCHES, R>(a, stride, w, depth, out, begins);
-        multiply_some<T, FETCHES, R - 1>(rows, a, stride, w, depth, out, begins);
-    }
-}
-
 // Up to PANEL_ROWS rows times a panel. out: [rows][PANEL].
 template <class T>
 inline void multiply_panel(int rows, const Operand<T>* a, size_t stride, const T* panel, int depth,
@@ -72,13 +63,15 @@ inline void multiply_panel(int rows, const Operand<T>* a, size_t stride, const T
     for (int k = 0; k < depth; k += most)
         for (int column = 0; column < PANEL; column += TILE_COLUMNS) {
             const T* w = panel + place_in_panel<T>(k, column);
-            const int some = std::min(most, depth - k);
+            const int deep = std::min(most, depth - k);
             float* to = out + column;
             const auto pass = [&](auto fetches, int i) {
+                constexpr bool FETCHES = decltype(fetches)::value;
                 const Share share(rows, i, passes);
-                multiply_some<T, fetches.value>(share.last - share.first,
-                                                a + share.first * stride + k, stride, w, some,
-                                                to + share.first * PANEL, k == 0);
+                with_constant<KERNEL_ROWS>(share.last - share.first, [&](auto some) {
+                    multiply_rows<T, FETCHES, some>(a + share.first * stride + k, stride, w, deep,
+                                                    to + share.first * PANEL, k == 0);
+                });
             };
             pass(std::true_type(), 0);
             for (int i = 1; i < passes; i++) pass(std::false_type(), i);

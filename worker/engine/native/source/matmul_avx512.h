@@ -36,22 +36,14 @@ inline void multiply_rows(const T* a, size_t stride, const T* panel, int depth, 
         for (int v = 0; v < V; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
 }
 
-template <class T, int R = KERNEL_ROWS>
-inline void multiply_some(int rows, const T* a, size_t stride, const T* panel, int depth,
-                          float* out) {
-    if constexpr (R > 0) {
-        if (rows >= R) return multiply_rows<T, R>(a, stride, panel, depth, out);
-        multiply_some<T, R - 1>(rows, a, stride, panel, depth, out);
-    }
-}
-
 // Up to PANEL_ROWS rows times a panel. out: [rows][PANEL].
 template <class T>
 inline void multiply_panel(int rows, const T* a, size_t stride, const T* panel, int depth,
                            float* out, Part) {
     for (int r = 0; r < rows; r += KERNEL_ROWS)
-        multiply_some<T>(std::min(KERNEL_ROWS, rows - r), a + r * stride, stride, panel, depth,
-                         out + r * PANEL);
+        with_constant<KERNEL_ROWS>(rows - r, [&](auto some) {
+            multiply_rows<T, some>(a + r * stride, stride, panel, depth, out + r * PANEL);
+        });
 }
 
 #if RTS_TILES
@@ -75,49 +67,48 @@ Ahead ahead_of(const T* panel, int depth, Part part) {
     return {bytes + steps * LINE * (PANEL_LINES + part.index * lines), lines};
 }
 
-// There must be PANEL_ROWS rows of memory behind `a`.
-template <>
-inline void multiply_panel(int rows, const bf16* a, size_t stride, const bf16* panel, int depth,
-                           float* out, Part part) {
+// One tile of rows, or two. There must be so many rows of memory behind `a`.
+template <bool TWO>
+inline void multiply_tiles(const bf16* a, size_t stride, const bf16* panel, int depth, float* out,
+                           Ahead ahead) {
     const size_t row_bytes = stride * sizeof(bf16);
     constexpr int W = 64, NEXT = TILE_DEPTH * TILE_COLUMNS;
-    Ahead ahead = ahead_of(panel, depth, part);
-    auto fetch = [&] {
-        for (int i = 0; i < ahead.lines; i++, ahead.from += LINE)
-            _mm_prefetch(ahead.from, _MM_HINT_T1);
-    };
     _tile_zero(0);
     _tile_zero(1);
-    if (rows > 16) {
+    if constexpr (TWO) {
         _tile_zero(2);
         _tile_zero(3);
-        for (int k = 0; k < depth; k += 32) {
-            const bf16* w = panel + size_t(k) * PANEL;
-            fetch();
-            _tile_loadd(4, a + k, row_bytes);
-            _tile_loadd(6, w, W);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + NEXT, W);
-            _tile_dpbf16ps(1, 4, 7);
+    }
+    for (int k = 0; k < depth; k += TILE_DEPTH) {
+        const bf16* w = panel + size_t(k) * PANEL;
+        for (int i = 0; i < ahead.lines; i++, ahead.from += LINE)
+            _mm_prefetch(ahead.from, _MM_HINT_T1);
+        _tile_loadd(4, a + k, row_bytes);
+        _tile_loadd(6, w, W);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + NEXT, W);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (TWO) {
             _tile_loadd(5, a + 16 * stride + k, row_bytes);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
+    }
+    if constexpr (TWO) {
         _tile_stored(2, out + 16 * PANEL, PANEL * 4);
         _tile_stored(3, out + 16 * PANEL + 16, PANEL * 4);
-    } else {
-        for (int k = 0; k < depth; k += 32) {
-            const bf16* w = panel + size_t(k) * PANEL;
-            fetch();
-            _tile_loadd(4, a + k, row_bytes);
-            _tile_loadd(6, w, W);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + NEXT, W);
-            _tile_dpbf16ps(1, 4, 7);
-        }
     }
     _tile_stored(0, out, PANEL * 4);
     _tile_stored(1, out + 16, PANEL * 4);
+}
+
+// There must be PANEL_ROWS rows of memory behind `a`.
+template <>
+inline void multiply_panel(int rows, const bf16* a, size_t stride, const bf16* panel, int depth,
+                           float* out, Part part) {
+    const Ahead ahead = ahead_of(panel, depth, part);
+    if (rows > 16) return multiply_tiles<true>(a, stride, panel, depth, out, ahead);
+    multiply_tiles<false>(a, stride, panel, depth, out, ahead);
 }
 #endif
 

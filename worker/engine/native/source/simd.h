@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace rts {
 
@@ -218,6 +219,16 @@ template <class T>
 using Columns = decltype(columns(static_cast<const T*>(nullptr), 0));
 
 inline Vec multiply_add(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
+
+// Calls use(n), or use(MOST) where n is more, with a constant: how many sums a kernel keeps in
+// registers is part of its type.
+template <int MOST, class Use>
+inline void with_constant(int n, Use use) {
+    if constexpr (MOST > 0) {
+        if (n >= MOST) return use(std::integral_constant<int, MOST>());
+        with_constant<MOST - 1>(n, use);
+    }
+}
 
 // e^x with a relative error below 3e-7; 0 below e^-87, not a number for what is none.
 inline Vec exp(Vec x) {
